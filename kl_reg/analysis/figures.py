@@ -1,0 +1,219 @@
+"""The report's figures. A colour means the same setting in all: coefficients from green (small) to purple, solid;
+budgets in oranges, dashed; the base model black."""
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+
+import matplotlib
+import matplotlib.lines
+import matplotlib.text
+import matplotlib.ticker
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from kl_reg.analysis.frontier import INTERVALS, Point
+from kl_reg.analysis.stats import ByPosition, Setting, number, silent_rates
+
+STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+         "grid.alpha": 0.25, "axes.axisbelow": True, "axes.titlesize": 10.5, "axes.titlelocation": "left",
+         "legend.frameon": False, "savefig.dpi": 150, "figure.constrained_layout.use": True}
+CURVES = (("return", "return per episode"), ("kl/nats_per_episode", "KL to the base (nats per episode)"),
+          ("student/silent_rate", "student turns that are empty"),
+          ("entropy/nats_per_token", "entropy (nats per token)"))
+BASE, HUMAN = "black", "0.55"
+
+
+def looks(settings: Sequence[Setting]) -> list[dict]:
+    """Colour, line style and marker of each setting."""
+    counts = {kind: sorted({s.value for s in settings if s.kind == kind}) for kind in ("coef", "budget")}
+    result = []
+    for s in settings:
+        values = counts[s.kind]
+        place = values.index(s.value) / max(len(values) - 1, 1)
+        coef = s.kind == "coef"
+        color = matplotlib.colormaps["viridis"](0.8 - 0.8 * place) if coef else (
+            matplotlib.colormaps["Oranges"](0.6 + 0.3 * place))
+        result.append({"color": color, "linestyle": "-" if coef else (0, (4, 1.5)), "marker": "o" if coef else "D"})
+    return result
+
+
+def save(figure: Figure, path: pathlib.Path) -> pathlib.Path:
+    """Writes the PNG."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Software": None})
+    return path
+
+
+def draw_frontier(points: Sequence[Point], base: tuple[float, float], path: pathlib.Path) -> pathlib.Path:
+    """Return per episode against nats per episode, the base at 0 with a band of its standard error."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(10.4, 5.4))
+        axes = figure.subplots()
+        axes.axhspan(base[0] - base[1], base[0] + base[1], color=BASE, alpha=0.08, lw=0)
+        axes.axhline(base[0], color=BASE, lw=0.8, ls=":")
+        for others in dict.fromkeys(p.setting.others for p in points if p.setting.kind == "coef"):
+            line = [p for p in points if p.setting.kind == "coef" and p.setting.others == others]
+            axes.plot([p.kl for p in line], [p.reward for p in line], color="0.6", lw=1.2, zorder=1)
+        for p, look in zip(points, looks([p.setting for p in points]), strict=True):
+            axes.plot(p.kl_bar, (p.reward, p.reward), color=look["color"], lw=1.4)
+            axes.plot((p.kl, p.kl), p.reward_bar, color=look["color"], lw=1.4)
+            if len(p.seeds) > 1:
+                axes.plot(*p.seeds.T, ls="", marker=".", ms=7, color=look["color"], alpha=0.55, mec="none")
+            axes.plot(p.kl, p.reward, ls="", marker=look["marker"], ms=8, color=look["color"], mec="white", zorder=3)
+        axes.plot(0, base[0], ls="", marker="*", ms=15, color=BASE, mec="white", zorder=4, clip_on=False)
+        _scale_kl(axes, np.concatenate([p.seeds[:, 0] for p in points]))
+        axes.set(xlabel="KL to the base (nats per episode)", ylabel="return per episode")
+        kinds = "; ".join(INTERVALS[kind] for kind in dict.fromkeys(p.interval for p in points))
+        axes.set_title(f"Bars: {kinds}. Band: base ± 1 standard error.", fontsize=9, color="0.35")
+        axes.margins(y=0.12)
+        colors = [look["color"] for look in looks([p.setting for p in points])]
+        _label(figure, axes, [("base", 0.0, base[0], BASE)] + [
+            (p.setting.label, p.kl, p.reward, color) for p, color in zip(points, colors, strict=True)])
+        return save(figure, path)
+
+
+def _scale_kl(axes, kls):
+    """Logarithmic, with a linear part from 0 to the smallest KL's decade, where the KLs span more than one decade."""
+    positive = kls[kls > 1e-3]
+    if positive.size and positive.max() > 10 * positive.min():
+        threshold = max(10.0 ** np.floor(np.log10(positive.min())), positive.max() / 1e4)
+        axes.set_xscale("symlog", linthresh=threshold, linscale=0.6)
+        decades = threshold * 10.0 ** np.arange(0, np.ceil(np.log10(positive.max() / threshold)) + 1)
+        axes.set_xticks([0, *decades], [f"{v:g}" for v in (0, *decades)])
+        axes.set_xticks([m * d for d in decades for m in range(2, 10)], minor=True)
+        axes.set_xlim(-0.15 * threshold, positive.max() * 1.6)
+    else:
+        top = max(kls.max(), 1e-3)
+        axes.set_xlim(-0.04 * top, top * 1.15)
+
+
+def _label(figure, axes, items):
+    """Names beside the points: of several offsets, the first that covers the fewest lines, points and other names."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    renderer = canvas.get_renderer()
+    taken = [box for line in axes.lines for box in _boxes(line)]
+    offsets = [(-9, 6), (9, -14), (9, 6), (-9, -14), (0, 14), (0, -22), (14, 20), (-14, 20), (14, -28), (-14, -28),
+               (0, 30), (0, -38), (0, 46), (0, -54)]
+    for name, x, y, color in items:
+        tried = []
+        for dx, dy in offsets:
+            text = axes.annotate(name, (x, y), (dx, dy), textcoords="offset points", color=color, fontsize=9,
+                                 ha="left" if dx > 0 else "right" if dx < 0 else "center", zorder=5,
+                                 arrowprops={"arrowstyle": "-", "color": color, "lw": 0.5} if abs(dy) > 16 else None)
+            text.set_in_layout(False)
+            text.update_positions(renderer)
+            box = matplotlib.text.Text.get_window_extent(text, renderer).extents    # without the arrow
+            outside = box[0] < axes.bbox.x0 or box[2] > axes.bbox.x1 or box[1] < axes.bbox.y0 or box[3] > axes.bbox.y1
+            hits = sum(box[0] < c and a < box[2] and box[1] < d and b < box[3] for a, b, c, d in taken)
+            text.remove()
+            tried.append((hits + 1000 * outside, text, box))
+        _, text, box = min(tried, key=lambda candidate: candidate[0])
+        axes.add_artist(text)
+        taken.append(box)
+
+
+def _boxes(line, half=3.0, steps=40):
+    """Small boxes (x0, y0, x1, y1) in pixels that cover a drawn line or its markers."""
+    places = line.get_transform().transform(line.get_xydata())
+    if line.get_linestyle() != "None":
+        along = np.linspace(0, len(places) - 1, steps * (len(places) - 1) + 1)
+        places = np.stack([np.interp(along, np.arange(len(places)), part) for part in places.T], 1)
+    return [(x - half, y - half, x + half, y + half) for x, y in places]
+
+
+def _legend(figure, names_and_looks):
+    """One legend for all panels, to the right of them."""
+    handles = [matplotlib.lines.Line2D([], [], color=look["color"], ls=look["linestyle"], lw=2.2)
+               for _, look in names_and_looks]
+    figure.legend(handles, [name for name, _ in names_and_looks], loc="outside right upper", handlelength=2.6)
+
+
+def draw_training(settings: Sequence[Setting], curves: dict[int, list[dict]], path: pathlib.Path) -> pathlib.Path:
+    """Metrics against iteration: a thin line a seed, a thick one for their mean. curves: member -> metrics.jsonl."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(10.4, 6.2))
+        panels = figure.subplots(2, 2, sharex=True)
+        for axes, (key, name) in zip(panels.flat, CURVES, strict=True):
+            for setting, look in zip(settings, looks(settings), strict=True):
+                runs = [curves[m["member"]] for m in setting.members]
+                style = {"color": look["color"], "ls": look["linestyle"]}
+                for run in runs if len(runs) > 1 else []:
+                    axes.plot([r["iteration"] for r in run], [number(r[key]) for r in run], lw=0.7, alpha=0.35, **style)
+                common = runs[0][:min(map(len, runs))]
+                values = np.array([[number(r[key]) for r in run[:len(common)]] for run in runs])
+                axes.plot([r["iteration"] for r in common], values.mean(0), lw=1.9, **style)
+            axes.set_title(name)
+            if key == "kl/nats_per_episode":
+                axes.set_ylim(bottom=0)
+            if key == "student/silent_rate":
+                axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0, decimals=0))
+        for axes in panels[1]:
+            axes.set_xlabel("iteration")
+        _legend(figure, [(s.label, look) for s, look in zip(settings, looks(settings), strict=True)])
+        return save(figure, path)
+
+
+def draw_positions(settings: Sequence[Setting], parts: Sequence[ByPosition], path: pathlib.Path) -> pathlib.Path:
+    """Where in the episode the KL is spent: by agent token, by position, cumulated, by turn of the agent."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(10.4, 6.6))
+        panels = figure.subplots(2, 2)
+        titles = ("nats per agent token, at each position", "nats per episode that each position adds",
+                  "nats per episode spent so far", "nats per episode, by turn of the agent")
+        for part, look in zip(parts, looks(settings), strict=True):
+            style = {"color": look["color"], "ls": look["linestyle"]}
+            for axes, y in zip(panels.flat, (part.per_token, part.per_position, part.cumulative), strict=False):
+                axes.plot(np.arange(len(y)), y, lw=1.9 if y is part.cumulative else 1.1, **style)
+            panels[1, 1].plot(np.arange(1, len(part.per_turn) + 1), part.per_turn, lw=1.4, marker=look["marker"], ms=4,
+                              **style)
+        for axes, title in zip(panels.flat, titles, strict=True):
+            axes.set_title(title)
+            axes.set_ylim(bottom=0)
+            axes.set_xlabel("tokens after the opening")
+        panels[1, 1].set_xlabel("turn of the agent")
+        panels[1, 1].xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+        _legend(figure, [(s.label, look) for s, look in zip(settings, looks(settings), strict=True)])
+        return save(figure, path)
+
+
+def draw_empty_turns(rows: Sequence[tuple[str, object, dict[str, list[tuple[float, float]]]]],
+                     path: pathlib.Path) -> pathlib.Path:
+    """Share of empty turns, teacher and student side by side.
+
+    Args:
+        rows: (name, colour, {"teacher": [(rate, standard error) a run], "student": the same}), from the top.
+        path: the PNG.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(10.4, 1.2 + 0.34 * len(rows)))
+        panels = figure.subplots(1, 2, sharey=True, sharex=True)
+        for axes, who in zip(panels, ("teacher", "student"), strict=True):
+            for i, (_, color, rates) in enumerate(rows):
+                runs = np.array([r for r in rates[who] if np.isfinite(r[0])]).reshape(-1, 2)
+                if not len(runs):
+                    continue
+                mean, spread = runs[:, 0].mean(), np.linspace(-0.2, 0.2, len(runs)) if len(runs) > 1 else [0.0]
+                axes.barh(i, mean, height=0.66, color=color, alpha=0.75)
+                axes.errorbar(runs[:, 0], i + np.array(spread), xerr=np.nan_to_num(runs[:, 1]), fmt=".", ms=4,
+                              color="0.15", lw=0.9)
+                axes.annotate(f"{mean:.1%}", ((runs.sum(1)).max(), i), (5, 0), textcoords="offset points", va="center",
+                              fontsize=8.5)
+            axes.set(title=f"{who} turns that are empty")
+            axes.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0, decimals=0))
+            axes.grid(axis="y", visible=False)
+            axes.margins(x=0.16)
+        panels[0].set_yticks(range(len(rows)), [name for name, _, _ in rows])
+        panels[0].invert_yaxis()
+        panels[0].set_xlim(left=0)
+        return save(figure, path)
+
+
+def empty_rows(base: dict, settings: Sequence[Setting], human: tuple[float, float] | None) -> list[tuple]:
+    """The rows of `draw_empty_turns`; `human` is the rate of both speakers and its standard error."""
+    rows = [("human", HUMAN, dict.fromkeys(("teacher", "student"), [human]))] if human else []
+    rows.append(("base", BASE, silent_rates([base])))
+    return rows + [(s.label, look["color"], silent_rates(s.members))
+                   for s, look in zip(settings, looks(settings), strict=True)]

@@ -1,0 +1,150 @@
+"""Means with their errors, members grouped by setting, and where in the episode KL is spent."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy.special import stdtrit
+
+from kl_reg.types import AGENT, OPENING
+
+
+def silent_rates(rows: Sequence[dict]) -> dict[str, list[tuple[float, float]]]:
+    """By speaker, the share of finished turns that are empty and its standard error, for each row of the summary."""
+    return {who: [(number(row["final"][f"{who}/silent_rate"]), number(row["final"][f"{who}/silent_rate_se"]))
+                  for row in rows] for who in ("teacher", "student")}
+
+
+def number(value: float | None) -> float:
+    """A metric as a float; null (no such event happened) is NaN."""
+    return float("nan") if value is None else float(value)
+
+
+def mean_and_error(x) -> tuple[np.ndarray, np.ndarray]:
+    """Mean over axis 0 and its standard error, s / sqrt(n) with s over n - 1; NaNs are left out.
+
+    With n = 0 the mean is NaN; with n < 2 the error is NaN, because one value does not tell its own spread.
+    """
+    x = np.asarray(x, np.float64)
+    here = np.isfinite(x)
+    n = here.sum(0)
+    mean = np.where(n > 0, np.where(here, x, 0).sum(0) / np.maximum(n, 1), np.nan)
+    squares = np.where(here, (x - mean) ** 2, 0).sum(0)
+    error = np.sqrt(squares / np.maximum(n - 1, 1) / np.maximum(n, 1))
+    return mean, np.where(n > 1, error, np.nan)
+
+
+def t_interval(x, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
+    """Student's interval (low, high) for the mean over axis 0; NaN where fewer than two values are finite."""
+    mean, error = mean_and_error(x)
+    n = np.isfinite(np.asarray(x, np.float64)).sum(0)
+    half = stdtrit(np.maximum(n - 1, 1), 0.5 + level / 2) * error
+    return np.asarray(mean - half), np.asarray(mean + half)
+
+
+def binomial(events: int, n: int) -> tuple[float, float]:
+    """A rate and its standard error, the n taken as independent."""
+    rate = events / n
+    return rate, (rate * (1 - rate) / n) ** 0.5
+
+
+def show(value: float, error: float) -> str:
+    """HTML of `value ± error`, rounded to two digits of the error; a dash for an unknown value."""
+    if not np.isfinite(value):
+        return "–"
+    if not np.isfinite(error) or error <= 0:
+        return f"{value:.2f}"
+    places = int(np.clip(1 - np.floor(np.log10(error)), 0, 4))
+    return f"{value:.{places}f} <small>± {error:.{places}f}</small>"
+
+
+def show_percent(rate: float, error: float) -> str:
+    """As `show`, of a rate in percent."""
+    return "–" if not np.isfinite(rate) else show(100 * rate, 100 * error) + " %"
+
+
+class Setting(NamedTuple):
+    """The members that differ in their seed alone, by seed. `value` is the budget (nats per episode) or, without one,
+    the coefficient (reward per nat); `others` names what else the sweep varies."""
+
+    kind: str
+    value: float
+    others: str
+    members: list[dict]
+
+    @property
+    def label(self) -> str:
+        return f"{self.kind} {self.value:g}" + (f", {self.others}" if self.others else "")
+
+
+def varying(members: Sequence[dict]) -> list[str]:
+    """The hyper-parameters, seed included, that have more than one value among the members."""
+    return [key for key in members[0]["hyper"] if len({repr(m["hyper"][key]) for m in members}) > 1]
+
+
+def settings(members: Sequence[dict]) -> list[Setting]:
+    """Members grouped by everything but the seed: coefficients ascending, then budgets ascending."""
+    others = [key for key in varying(members) if key not in ("kl.coef", "kl.budget", "seed")]
+    groups: dict[tuple, list[dict]] = {}
+    for member in members:
+        hyper = member["hyper"]
+        coef, budget = hyper["kl.coef"], hyper["kl.budget"]
+        names = [f"coef {coef:g}"] if budget is not None and coef else []
+        names += [f"{key.split('.')[-1]} {_name(hyper[key])}" for key in others]
+        kind, value = ("coef", coef) if budget is None else ("budget", budget)
+        groups.setdefault((kind == "budget", ", ".join(names), value), []).append(member)
+    return [Setting("budget" if budget else "coef", value, names, sorted(groups[budget, names, value], key=_seed))
+            for budget, names, value in sorted(groups)]
+
+
+def _name(value) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _seed(member):
+    return member["hyper"]["seed"]
+
+
+class ByPosition(NamedTuple):
+    """KL along the episode, nats; position 0 is the first slot after the opening."""
+
+    per_token: np.ndarray       # [t] mean over the episodes with an agent token there; NaN where none has one
+    per_position: np.ndarray    # [t] mean over all episodes: what the position adds to nats per episode
+    cumulative: np.ndarray      # [t] spent up to and including the position; ends at nats per episode
+    per_turn: np.ndarray        # [n] the same total by the agent's n-th turn
+
+
+def first_slot(roles: np.ndarray) -> int:
+    """The slot where all episodes begin: the one after the last opening slot. roles: [e, s]."""
+    opening = np.flatnonzero((roles == OPENING).any(0))
+    return int(opening[-1]) + 1 if opening.size else 0
+
+
+def kl_by_position(roles: np.ndarray, turns: np.ndarray, kl: np.ndarray) -> ByPosition:
+    """Where the KL of evaluation episodes is spent. roles, turns, kl: [e, s]; kl in nats per token."""
+    start = first_slot(roles)
+    agent = roles[:, start:] == AGENT
+    nats = np.where(agent, kl[:, start:], 0.0).astype(np.float64)
+    count = agent.sum(0)
+    per_token = np.where(count > 0, nats.sum(0) / np.maximum(count, 1), np.nan)
+    per_position = nats.mean(0)
+    agent_turns = turns[:, start:][agent]
+    order = np.unique(agent_turns)
+    per_turn = np.array([nats[agent][agent_turns == turn].sum() for turn in order]) / len(roles)
+    return ByPosition(per_token, per_position, per_position.cumsum(), per_turn)
+
+
+def mean_by_position(parts: Sequence[ByPosition]) -> ByPosition:
+    """The mean over seeds; a turn that a seed never reached counts as 0 there."""
+    longest = max(len(part.per_turn) for part in parts)
+    turns = [np.pad(part.per_turn, (0, longest - len(part.per_turn))) for part in parts]
+    return ByPosition(mean_and_error([part.per_token for part in parts])[0],
+                      np.mean([part.per_position for part in parts], 0),
+                      np.mean([part.cumulative for part in parts], 0), np.mean(turns, 0))
+
+
+def share_spent_early(cumulative: np.ndarray, part: float = 0.25) -> float:
+    """The share of an episode's KL that lies in the first `part` of its positions; NaN without KL."""
+    total = cumulative[-1]
+    return float(cumulative[max(1, round(part * len(cumulative))) - 1] / total) if total > 0 else float("nan")

@@ -1,0 +1,89 @@
+"""What a run tells: a progress bar, JSON lines and TensorBoard scalars."""
+from __future__ import annotations
+
+import contextlib
+import json
+import pathlib
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.hparams import summary_v2
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+
+class Bar:
+    """A progress bar with rate, time left and the latest values; plain lines now and then where there is no terminal."""
+
+    def __init__(self, progress: Progress, task, total: int, done: int):
+        self.progress, self.task, self.total, self.done = progress, task, total, done
+        self.began, self.first, self.told = time.monotonic(), done, time.monotonic()
+
+    def step(self, **values):
+        """One step further; values are shown when the display is refreshed (and only then fetched from the device)."""
+        self.done += 1
+        now = time.monotonic()
+        rate = (self.done - self.first) / (now - self.began)
+        live = self.progress.console.is_terminal
+        due = now - self.told > (0.5 if live else 30) or self.done == self.total
+        text = ""
+        if due:
+            self.told = now
+            text = "  ".join(f"{k} {float(v):.3f}" for k, v in values.items()) + f"  {1 / rate:.2f} s/it"
+            self.progress.update(self.task, values=text)
+        self.progress.update(self.task, completed=self.done)
+        if due and not live:
+            left = (self.total - self.done) / rate
+            self.log(f"{self.done}/{self.total}  {text}  {left:.0f} s left")
+
+    def log(self, text: str):
+        """A line above the bar."""
+        self.progress.console.print(text, highlight=False, markup=False)
+
+
+@contextlib.contextmanager
+def progress_bar(name: str, total: int, done: int = 0):
+    """A bar over `total` steps, `done` of them behind us."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+               TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[values]}"))
+    with Progress(*columns, console=Console(), refresh_per_second=4, disable=not Console().is_terminal) as progress:
+        yield Bar(progress, progress.add_task(name, total=total, completed=done, values=""), total, done)
+
+
+class MemberLog:
+    """One member's `metrics.jsonl`, one object an iteration, and the same as TensorBoard scalars with its hparams.
+
+    Opened at `iteration` of a resumed run, it drops the lines of iterations that will be run again.
+    """
+
+    def __init__(self, folder: pathlib.Path, hyper: dict, iteration: int, tensorboard: bool):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / "metrics.jsonl"
+        lines = file.read_text().splitlines(keepends=True)[:iteration] if file.exists() else []
+        file.write_text("".join(lines))
+        self.history = [json.loads(line) for line in lines]
+        self._file = open(file, "a")  # noqa: SIM115 - closed by close()
+        self._events = EventFileWriter(str(folder / "tensorboard")) if tensorboard else None
+        if tensorboard and not iteration:
+            shown = {key: "none" if value is None else value for key, value in hyper.items()}
+            self._add(summary_v2.hparams_pb(shown), 0)
+
+    def write(self, row: dict) -> None:
+        """One iteration's metrics; None where a metric has no value."""
+        self.history.append(row)
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        if self._events:
+            values = [Summary.Value(tag=name, simple_value=value) for name, value in row.items() if value is not None]
+            self._add(Summary(value=values), row["iteration"])
+
+    def _add(self, summary, step):
+        self._events.add_event(Event(wall_time=time.time(), step=step, summary=summary))
+
+    def close(self) -> None:
+        """Flushes both."""
+        self._file.close()
+        if self._events:
+            self._events.close()

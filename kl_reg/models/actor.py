@@ -1,0 +1,56 @@
+"""What the agent adds to a trunk: a change of the final hidden state, a value, and the budget neuron."""
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+
+class Situation(NamedTuple):
+    """What the agent knows beside the transcript: nats left and in all of its budget, and the part of the episode gone."""
+
+    remaining: Float[Array, ...]
+    budget: Float[Array, ...]
+    time: Float[Array, ...]
+
+    def inputs(self) -> Float[Array, "... 3"]:
+        """Bounded inputs; without a budget the first two are zero."""
+        left = jnp.where(jnp.isfinite(self.remaining), self.remaining, 0.0)
+        total = jnp.where(jnp.isfinite(self.budget) & (self.budget > 0), self.budget, 1.0)
+        left_over_one = left / (1 + left)
+        return jnp.stack(jnp.broadcast_arrays(left_over_one, left / total, self.time), axis=-1)
+
+
+class Scalars(nn.Module):
+    """Value (reward units) and budget neuron (part of the remaining budget to spend on the next token, in (0, 1)).
+
+    The value starts at zero and the neuron at `spend_init`, both whatever the input.
+    """
+
+    hidden: int
+    spend_init: float
+
+    @nn.compact
+    def __call__(self, x):
+        bias = nn.initializers.constant(math.log(self.spend_init / (1 - self.spend_init)))
+        small = nn.Dense(1, kernel_init=nn.initializers.zeros, name="value")
+        value = small(nn.silu(nn.Dense(self.hidden, name="value_hidden")(x)))[..., 0]
+        neuron = nn.Dense(1, kernel_init=nn.initializers.zeros, bias_init=bias, name="spend")
+        spend = neuron(nn.silu(nn.Dense(self.hidden, name="spend_hidden")(x)))[..., 0]
+        return value, jax.nn.sigmoid(spend)
+
+
+class Actor(nn.Module):
+    """A zero-initialised change [..., d] of the final hidden state, from the trunk's last layers and the situation."""
+
+    width: int
+    hidden: int
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.silu(nn.Dense(self.hidden, name="hidden")(x))
+        return nn.Dense(self.width, use_bias=False, kernel_init=nn.initializers.zeros, name="change")(x)

@@ -1,0 +1,23 @@
+"""Sentiment of a text by a lexicon, on the host."""
+from __future__ import annotations
+
+import functools
+
+from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+
+@functools.cache
+def _analyzer():
+    return SentimentIntensityAnalyzer()
+
+
+@functools.lru_cache(maxsize=65536)     # a trained policy hears the same replies again and again
+def sentiment(text: str) -> float:
+    """(compound + 1) / 2 in [0, 1]; 0.5 for a neutral or empty text. Source: Hutto and Gilbert (2014), VADER."""
+    return (_analyzer().polarity_scores(text)["compound"] + 1) / 2
+
+
+def vader(prompts: list[str], completions: list[str], completion_ids: list[list[int]], **columns) -> list[float]:
+    """The sentiment of each completion."""
+    del prompts, completion_ids, columns
+    return [sentiment(text) for text in completions]

@@ -1,0 +1,189 @@
+"""The loop around the pure step: all input and output of a training run."""
+from __future__ import annotations
+
+import json
+import pathlib
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from kl_reg import checkpoint, metrics, rewards, rollout
+from kl_reg import config as configs
+from kl_reg.analysis import report
+from kl_reg.analysis.recorded import summarise
+from kl_reg.models import weights
+from kl_reg.rewards.replies import credit, score_replies
+from kl_reg.training import sweep
+from kl_reg.types import Episodes
+
+
+class Result(NamedTuple):
+    """`summary` as in summary.json; `params` of each member, in the sweep's order; the paths of what was written."""
+
+    summary: list[dict]
+    params: list
+    workdir: pathlib.Path
+    report: pathlib.Path
+
+
+def train(config: ConfigDict, reward_fn: Callable | None = None, workdir: str | pathlib.Path = "runs/latest") -> Result:
+    """Trains all members of `config.sweep` (one, if it is empty), evaluates them and the base, and writes the report.
+
+    Resumes from the last checkpoint in `workdir`; a finished run is evaluated and reported again.
+
+    Args:
+        config: from `kl_reg.config.default()`.
+        reward_fn: instead of `config.reward.name`: fn(prompts, completions, completion_ids) -> list[float | None],
+            called with the student's finished replies.
+        workdir: for config.json, members/<k>/, checkpoints/, summary.json, figures/ and report.html.
+
+    Raises:
+        ValueError: a setting is wrong, or the reward function or the training gave no finite number.
+        FileNotFoundError: the model folder is missing.
+        FileExistsError: `workdir` holds another experiment.
+    """
+    configs.validate(config)
+    workdir = pathlib.Path(workdir)
+    if reward_fn is not None:
+        config = config.copy_and_resolve_references()
+        config.reward.name = f"{reward_fn.__module__}.{reward_fn.__qualname__}"
+    reward_fn = reward_fn or rewards.REWARDS[config.reward.name]
+    model = weights.load(config.model.path, config.model.dtype)
+    groups = sweep.plan(config, model)
+    checkpoint.claim(workdir, json.loads(config.to_json()), configs.fingerprint(config))
+    states = [group.run.init(model.params, group.seeds) for group in groups]
+    saved = checkpoint.Checkpoints(workdir / "checkpoints")
+    states = saved.restore(states)
+    _iterate(config, groups, states, model.params, reward_fn, workdir, saved)
+    saved.close()
+    summary = _evaluate(config, groups, states, model.params, reward_fn, workdir)
+    (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    params = {number: jax.tree.map(lambda x, i=i: x[i], state.params)
+              for group, state in zip(groups, states, strict=True) for i, number in enumerate(group.members)}
+    return Result(summary, [params[number] for number in sorted(params)], workdir, report.write_report(workdir))
+
+
+def _iterate(config, groups, states, base, reward_fn, workdir, saved):
+    """Runs the iterations that are left; `states` is updated in place, one entry a group."""
+    done = int(states[0].iteration[0])
+    hypers = sweep.hyper_of(config)
+    logs = [metrics.MemberLog(workdir / f"members/{i}", hyper, done, config.log.tensorboard)
+            for i, hyper in enumerate(hypers)]
+    with metrics.progress_bar("train", config.rl.iterations, done) as bar:
+        for iteration in range(done, config.rl.iterations):
+            began = time.monotonic()
+            rows = {}
+            for g, group in enumerate(groups):
+                states[g], new = _iteration(group, states[g], base, reward_fn)
+                rows.update(new)
+            for number, row in rows.items():
+                logs[number].write({"iteration": iteration, **row, "seconds": time.monotonic() - began})
+            shown = ("return", "kl/nats_per_episode")
+            bar.step(**{name: np.mean([row[name] for row in rows.values()]) for name in shown})
+            if (iteration + 1) % config.checkpoint.every == 0 or iteration + 1 == config.rl.iterations:
+                saved.save(iteration + 1, states)
+    for log in logs:
+        log.close()
+
+
+def _iteration(group, state, base, reward_fn):
+    """Rollout, reward and update of one group; its new state, and metrics by member."""
+    keys = rollout.member_keys(state.seed, state.iteration)
+    episodes = group.run.sample(state.params, group.hyper, base, keys, jnp.zeros(len(keys), jnp.int32))
+    rows, stream = _judge(group, episodes, reward_fn)
+    state, parts = group.run.update(state, group.hyper, base, episodes, jax.device_put(stream))
+    parts = jax.device_get(parts)
+    for i, row in enumerate(rows):
+        row.update({name: float(value[i]) for name, value in parts.items()})
+        bad = [name for name, value in row.items() if value is not None and not np.isfinite(value)]
+        if bad:
+            raise ValueError(f"member {group.members[i]}: {', '.join(bad)} not finite; training stops before it is "
+                             "saved. A smaller optim.learning_rate usually helps")
+    return state, dict(zip(group.members, rows, strict=True))
+
+
+def _judge(group, episodes: Episodes, reward_fn):
+    """Metrics of each member's batch, and the rewards of its agent stream [m, b, k]."""
+    recorded = jax.device_get(episodes._replace(features=()))
+    rows, streams = [], []
+    for i in range(len(group.members)):
+        own = jax.tree.map(lambda x, i=i: x[i], recorded)
+        replies = group.program.env.read(own.transcript)
+        stream, returns = credit(replies, score_replies(reward_fn, replies), own.slot, own.mask)
+        rows.append(summarise(own, replies, returns))
+        streams.append(stream)
+    return rows, np.stack(streams)
+
+
+def _evaluate(config, groups, states, base, reward_fn, workdir):
+    """Evaluates every member and the base on the same keys; writes evaluation.npz and returns the summary's rows."""
+    hypers, rows = sweep.hyper_of(config), {}
+    count = config.evaluation.episodes
+    with metrics.progress_bar("evaluate", len(groups) + 1) as bar:
+        fresh = groups[0].run.init(base, groups[0].seeds).params
+        episodes = _sample_base(config, groups[0], fresh, base, count)
+        rows["base"] = {"member": "base", "hyper": {},
+                        "final": _final(groups[0], episodes, reward_fn, workdir / "members/base")}
+        bar.step()
+        for group, state in zip(groups, states, strict=True):
+            episodes = _sample_parts(config, group, state.params, base, count)
+            for i, number in enumerate(group.members):
+                own = jax.tree.map(lambda x, i=i: x[i], episodes)
+                folder = workdir / f"members/{number}"
+                rows[number] = {"member": number, "hyper": hypers[number],
+                                "final": _final(group, own, reward_fn, folder),
+                                "best": _best(folder, hypers[number]["kl.coef"])}
+            bar.step()
+    return [rows[key] for key in sorted(rows, key=lambda key: -1 if key == "base" else key)]
+
+
+def _keys(config, members):
+    return rollout.member_keys(jnp.full(members, config.evaluation.seed), jnp.zeros(members, jnp.int32))
+
+
+def _sample_parts(config, group, params, base, count):
+    """`count` episodes of each member [m, count, ...], in batches of the size that training compiled."""
+    size, members = group.program.episodes, len(group.members)
+    parts = [_fetch(group.run.sample(params, group.hyper, base, _keys(config, members),
+                                     jnp.full(members, first, jnp.int32))) for first in range(0, count, size)]
+    return jax.tree.map(lambda *x: np.concatenate(x, axis=1)[:, :count], *parts)
+
+
+def _sample_base(config, group, fresh, base, count):
+    """`count` episodes of the base [count, ...]: untrained members are the base, and each samples another part."""
+    size, members = group.program.episodes, len(group.members)
+    parts = [_fetch(group.run.sample(fresh, group.hyper, base, _keys(config, members),
+                                     jnp.arange(first, first + members * size, size, dtype=jnp.int32)))
+             for first in range(0, count, members * size)]
+    return jax.tree.map(lambda *x: np.concatenate([part.reshape(-1, *part.shape[2:]) for part in x])[:count], *parts)
+
+
+def _fetch(episodes: Episodes) -> Episodes:
+    return jax.device_get(episodes._replace(features=()))
+
+
+def _final(group, episodes, reward_fn, folder):
+    """Metrics of evaluation episodes [b, ...] of one policy; also writes them as evaluation.npz."""
+    transcript = episodes.transcript
+    replies = group.program.env.read(transcript)
+    _, returns = credit(replies, score_replies(reward_fn, replies), episodes.slot, episodes.mask)
+    kl, log_ratio = np.zeros((2, *transcript.tokens.shape), np.float32)
+    row, column = np.nonzero(episodes.mask)
+    slots = episodes.slot[row, column]
+    kl[row, slots], log_ratio[row, slots] = episodes.kl[row, column], episodes.log_ratio[row, column]
+    folder.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(folder / "evaluation.npz", tokens=transcript.tokens, roles=transcript.roles.astype(np.int8),
+                        turns=transcript.turns, kl=kl, log_ratio=log_ratio, returns=returns)
+    return {**summarise(episodes, replies, returns), "episodes": len(returns)}
+
+
+def _best(folder, coef):
+    """The training iteration with the highest return minus coefficient times KL."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    best = max(lines, key=lambda row: row["return"] - coef * row["kl/nats_per_episode"])
+    return {name: best[name] for name in ("iteration", "return", "kl/nats_per_episode")}

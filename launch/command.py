@@ -1,0 +1,48 @@
+"""What the training commands share: flags, one-line errors, and the closing lines."""
+from __future__ import annotations
+
+import sys
+
+from absl import flags, logging
+from ml_collections import config_flags
+from rich.console import Console
+from rich.table import Table
+
+
+def define():
+    """--config and --workdir."""
+    config = config_flags.DEFINE_config_file("config", None, "the experiment: a file of configs/", lock_config=True)
+    workdir = flags.DEFINE_string("workdir", None, "where everything is written; an earlier run there is resumed")
+    flags.mark_flags_as_required(["config", "workdir"])
+    return config, workdir
+
+
+def run(argv, config, workdir: str) -> None:
+    """Trains and prints the summary; what the user can mend is one line and exit status 2."""
+    logging.set_verbosity(logging.WARNING)
+    if len(argv) > 1:
+        sys.exit(f"error: unexpected arguments {argv[1:]}")
+    import kl_reg
+
+    try:
+        result = kl_reg.train(config, workdir=workdir)
+    except (ValueError, FileNotFoundError, FileExistsError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    _print_table(result.summary)
+    print(f"\nrun     {result.workdir}\nreport  {result.report}")
+
+
+def _print_table(summary):
+    columns = {"return": "return", "kl/nats_per_episode": "KL, nats/episode", "teacher/silent_rate": "teacher silent",
+               "student/silent_rate": "student silent"}
+    hyper = list(summary[-1]["hyper"])
+    table = Table("member", *hyper, *columns.values())
+    for row in summary:
+        table.add_row(str(row["member"]), *(str(row["hyper"].get(key, "")) for key in hyper),
+                      *(_measured(row["final"], name) for name in columns))
+    Console(width=max(100, Console().width)).print(table)
+
+
+def _measured(final, name):
+    return "–" if final[name] is None else f"{final[name]:.3f} ± {final[f'{name}_se'] or 0:.3f}"

@@ -1,0 +1,22 @@
+"""Trains one member: a sweep's configuration without its sweep.
+
+    python -m launch.train --config=configs/quickstart.py --config.kl.budget=20. --workdir=runs/b20
+
+Settings of the file are overridden on the command line; every setting is described in kl_reg/config.py. A second call
+with the same workdir resumes from the last checkpoint.
+"""
+from absl import app
+
+from launch import command
+
+CONFIG, WORKDIR = command.define()
+
+
+def main(argv):
+    config = CONFIG.value
+    config.sweep = []
+    command.run(argv, config, WORKDIR.value)
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,109 @@
+"""Contracts of every kind of policy, over the registry: a new kind is tested by being there."""
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kl_reg import config as configs
+from kl_reg import rollout
+from kl_reg.models import weights
+from kl_reg.models.actor import Situation
+from kl_reg.models.policy import POLICIES
+from kl_reg.training import program as programs
+from kl_reg.training import step
+
+MEMBERS = 2
+
+
+class Setup:
+    """A compiled program of one kind, its first state, and sampling and scoring with any parameters."""
+
+    def __init__(self, folder, kind, budget):
+        config = configs.default()
+        config.model.path, config.policy.kind, config.kl.budget = str(folder), kind, budget
+        config.env.opening, config.env.length, config.rl.episodes = "<|start|>A: hi\n", 12, 4
+        static, hyper, _ = configs.split(config)
+        self.model = weights.load(config.model.path)
+        self.program = programs.build(static, self.model)
+        self.compiled = programs.compile_program(self.program)
+        self.hyper = jax.tree.map(lambda x: jnp.broadcast_to(x, (MEMBERS,)), hyper)
+        self.params = self.compiled.init(self.model.params, jnp.arange(MEMBERS)).params
+        self._score = jax.jit(jax.vmap(partial(step.score, self.program), in_axes=(0, None, 0, 0, None)))
+
+    def moved(self):
+        """Parameters as training might leave them: all of them, zeros included, moved at random."""
+        rng = np.random.default_rng(0)
+        return jax.tree.map(lambda x: x + 0.2 * rng.standard_normal(x.shape).astype(x.dtype), self.params)
+
+    def sample(self, params):
+        keys = rollout.member_keys(jnp.arange(MEMBERS), jnp.zeros(MEMBERS, jnp.int32))
+        return self.compiled.sample(params, self.hyper, self.model.params, keys, jnp.zeros(MEMBERS, jnp.int32))
+
+    def score(self, params, episodes):
+        return self._score(params, self.model.params, episodes, self.hyper, episodes.mask.sum(-1).max())
+
+
+@pytest.fixture(scope="module", params=[(kind, budget) for kind in POLICIES.names() for budget in (None, 2.0)],
+                ids=lambda x: f"{x[0]}-{x[1]}")
+def setup(request, tiny_folder):
+    return Setup(tiny_folder, *request.param)
+
+
+def test_the_first_policy_is_the_base(setup):
+    episodes = setup.sample(setup.params)
+    assert episodes.mask.sum() > MEMBERS
+    assert np.abs(episodes.kl).max() < 1e-10
+    assert np.abs(episodes.log_ratio).max() < 1e-5
+    assert np.all(np.asarray(episodes.log_prob)[episodes.mask] < -0.1)      # it is not all zero
+
+
+def test_the_first_ratio_is_one(setup):
+    episodes = setup.sample(setup.params)
+    ratio = np.exp(setup.score(setup.params, episodes).log_prob - episodes.log_prob)
+    np.testing.assert_allclose(ratio, 1.0, atol=1e-5)
+
+
+def test_the_sampler_and_the_scorer_agree_on_a_moved_policy(setup):
+    params = setup.moved()
+    episodes = setup.sample(params)
+    scores = setup.score(params, episodes)
+    assert episodes.kl.sum() > 0.1                                          # it is no longer the base
+    np.testing.assert_allclose(np.exp(scores.log_prob - episodes.log_prob), 1.0, atol=1e-4)
+    for name in ("kl", "entropy", "value"):
+        new, recorded = getattr(scores, name), getattr(episodes, name)
+        np.testing.assert_allclose(new, recorded, atol=1e-4, err_msg=name)
+        assert np.abs(recorded).max() > 1e-3
+
+
+def test_the_first_value_is_zero_and_the_first_spend_is_as_configured(setup):
+    episodes = setup.sample(setup.params)
+    assert not episodes.value.any()
+    one = jax.tree.map(lambda x: x[0], (setup.params, episodes.features))
+    nats = jnp.full(episodes.mask.shape[1:], 3.0)
+    reading = setup.program.policy.read(one[0], setup.model.params, one[1], Situation(nats, 2 * nats, nats / 6))
+    np.testing.assert_allclose(reading.spend, 0.05, rtol=1e-5)
+
+
+def test_members_start_from_seeds_of_their_own(setup):
+    first, second = (jax.tree.map(lambda x, i=i: x[i], setup.params["scalars"]) for i in range(MEMBERS))
+    assert not np.array_equal(first["value_hidden"]["kernel"], second["value_hidden"]["kernel"])
+    episodes = setup.sample(setup.params)
+    assert not np.array_equal(episodes.transcript.tokens[0], episodes.transcript.tokens[1])
+
+
+def test_the_value_of_a_full_policy_does_not_move_its_trunk(tiny_folder):
+    setup = Setup(tiny_folder, "full", None)
+    params = setup.moved()
+    episodes = setup.sample(params)
+    grads = jax.grad(lambda p: setup.score(p, episodes).value.sum())(params)
+    assert not any(x.any() for x in jax.tree.leaves(grads["trunk"]))
+    assert grads["scalars"]["value_hidden"]["kernel"].any()
+    policy = jax.grad(lambda p: setup.score(p, episodes).log_prob.sum())(params)
+    assert all(x.any() for x in jax.tree.leaves(policy["trunk"]))
+
+
+def test_an_unknown_kind_lists_the_choices():
+    with pytest.raises(ValueError, match="policy.kind='trunk'.*full, head"):
+        POLICIES["trunk"]

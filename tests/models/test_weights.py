@@ -1,0 +1,116 @@
+"""Model folders: what transformers reads of ours, and what is said of a broken one."""
+import dataclasses
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.flax import load_file, save_file
+
+from kl_reg.models import decoder, weights
+
+
+@pytest.fixture
+def broken(tiny_folder, tmp_path):
+    """A copy of the tiny model's folder, to be broken."""
+    return shutil.copytree(tiny_folder, tmp_path / "broken")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_transformers_reads_what_save_writes(tmp_path, tiny_shapes, tied):
+    shapes = dataclasses.replace(tiny_shapes, tied=tied, rope_theta=300.0, norm_eps=1e-3)
+    params = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape),
+                          decoder.init(shapes, jax.random.key(1)))
+    weights.save(tmp_path, shapes, params)
+    model = transformers.LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), params)
+    tokens = jax.random.randint(jax.random.key(2), (2, 9), 0, shapes.vocab)
+    ours = decoder.forward(shapes, rounded, tokens, jnp.zeros(2, jnp.int32)).last @ decoder.unembedding(rounded).T
+    theirs = model(torch.tensor(np.array(tokens))).logits.detach().numpy()
+    assert theirs.std() > 0.5
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_load_gives_what_was_saved_in_the_asked_dtype(tiny_folder, tiny_shapes, tiny_params, dtype):
+    model = weights.load(str(tiny_folder), dtype)
+    assert model.config == dataclasses.replace(tiny_shapes, dtype=dtype)
+    expected = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(dtype), tiny_params)
+    assert jax.tree.structure(model.params) == jax.tree.structure(expected)
+    for ours, theirs in zip(jax.tree.leaves(model.params), jax.tree.leaves(expected), strict=True):
+        assert ours.dtype == dtype
+        np.testing.assert_array_equal(ours.astype(jnp.float32), theirs.astype(jnp.float32))
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_missing_file_is_named(broken, name):
+    (broken / name).unlink()
+    with pytest.raises(FileNotFoundError) as error:
+        weights.load(str(broken))
+    assert str(broken / name) in str(error.value)
+
+
+def test_a_missing_embedded_model_says_how_to_make_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "EMBEDDED", tmp_path)
+    with pytest.raises(FileNotFoundError, match="embedded.*launch.pretrain"):
+        weights.load("embedded")
+
+
+def test_embedded_is_the_folder_in_the_package(broken, tiny_params, monkeypatch):
+    monkeypatch.setattr(weights, "EMBEDDED", broken)
+    assert weights.load("embedded").folder == broken
+
+
+def test_an_unknown_family_lists_the_known(broken):
+    (broken / "config.json").write_text('{"model_type": "mamba"}')
+    with pytest.raises(ValueError, match="'mamba'.*llama"):
+        weights.load(str(broken))
+
+
+@pytest.mark.parametrize("setting", [
+    {"attention_bias": True}, {"mlp_bias": True}, {"rope_scaling": {"factor": 2.0}}, {"hidden_act": "gelu"},
+    {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}])
+def test_a_setting_that_would_change_the_model_is_refused(broken, setting):
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config | setting))
+    with pytest.raises(ValueError, match=f"{next(iter(setting))}.*not supported"):
+        weights.load(str(broken))
+
+
+@pytest.mark.parametrize("part", [0.0, 0.001, 0.1, 0.9])
+def test_a_truncated_file_is_named(broken, part):
+    file = broken / "model.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[:int(part * len(content))])
+    with pytest.raises(ValueError, match="safetensors") as error:
+        weights.load(str(broken))
+    assert str(file) in str(error.value)
+
+
+def test_missing_extra_and_misshapen_weights_are_all_listed(broken):
+    file = broken / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.norm.weight"], tensors["model.layers.2.mlp.up_proj.weight"]
+    tensors["model.layers.3.mlp.up_proj.weight"] = jnp.zeros((32, 16))
+    tensors["model.layers.1.self_attn.k_proj.weight"] = jnp.zeros((32, 16))      # as if it had 4 kv-heads
+    tensors["model.layers.0.mlp.down_proj.weight"] = tensors["model.layers.0.mlp.down_proj.weight"].T
+    save_file(tensors, file)
+    with pytest.raises(ValueError) as error:
+        weights.load(str(broken))
+    for part in (str(file), "missing model.norm.weight", "missing model.layers.2.mlp.up_proj.weight",
+                 "extra model.layers.3.mlp.up_proj.weight",
+                 "model.layers.1.self_attn.k_proj.weight is (32, 16), expected (16, 16)",
+                 "model.layers.0.mlp.down_proj.weight is (32, 16), expected (16, 32)"):
+        assert part in str(error.value)
+    assert str(error.value).count(";") == 4      # five problems, and nothing that is no problem
+
+
+def test_an_untied_config_with_tied_weights_misses_the_unembedding(broken):
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    with pytest.raises(ValueError, match="missing lm_head.weight"):
+        weights.load(str(broken))
