@@ -40,7 +40,7 @@ class Bar:
 
     def log(self, text: str):
         """A line above the bar."""
-        self.progress.console.print(text, highlight=False, markup=False)
+        self.progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 @contextlib.contextmanager

@@ -3,10 +3,30 @@ from __future__ import annotations
 
 import sys
 
-from absl import flags, logging
+from absl import app, flags, logging
 from ml_collections import config_flags
 from rich.console import Console
 from rich.table import Table
+
+
+flags.disclaim_key_flags()     # --help of a command lists them as its own
+
+
+def parse(argv):
+    """absl's flag parser; an unknown setting or a missing file of --config is one line and exit status 2."""
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (AttributeError, KeyError) as error:
+        while isinstance(error, Exception):     # ConfigDict wraps one in the other
+            error = error.args[0]
+        _fail(f"unknown setting: {error}")
+    except (OSError, TypeError) as error:
+        _fail(error)
+
+
+def _fail(error):
+    print("error:", " ".join(str(error).split()), file=sys.stderr)
+    sys.exit(2)
 
 
 def define():
@@ -21,14 +41,13 @@ def run(argv, config, workdir: str) -> None:
     """Trains and prints the summary; what the user can mend is one line and exit status 2."""
     logging.set_verbosity(logging.WARNING)
     if len(argv) > 1:
-        sys.exit(f"error: unexpected arguments {argv[1:]}")
+        _fail(f"unexpected arguments {argv[1:]}")
     import kl_reg
 
     try:
         result = kl_reg.train(config, workdir=workdir)
     except (ValueError, FileNotFoundError, FileExistsError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _fail(error)
     _print_table(result.summary)
     print(f"\nrun     {result.workdir}\nreport  {result.report}")
 

@@ -4,8 +4,10 @@
 """
 import pathlib
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
+
+from launch import command
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "the model and its training", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", "runs/pretrain", "checkpoints; a second call resumes from here")
@@ -14,10 +16,11 @@ flags.mark_flag_as_required("config")
 
 def main(argv):
     del argv
+    logging.set_verbosity(logging.WARNING)
     from kl_reg import pretrain
 
     print(pretrain.train(CONFIG.value, pathlib.Path(WORKDIR.value)))
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=command.parse)

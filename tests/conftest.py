@@ -48,8 +48,9 @@ def tiny_tokenizer():
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory, tiny_shapes, tiny_params, tiny_tokenizer):
-    """A model folder of that model and that tokenizer."""
+    """A model folder of that model and that tokenizer; the model likes to end its turns, so that replies get finished."""
     folder = tmp_path_factory.mktemp("tiny")
-    weights.save(folder, tiny_shapes, tiny_params)
+    (end,) = tokenizer.encode(tiny_tokenizer, chitchat.END)
+    weights.save(folder, tiny_shapes, tiny_params | {"embed": tiny_params["embed"].at[end].multiply(8.0)})
     tiny_tokenizer.save(str(folder / "tokenizer.json"))
     return folder

@@ -75,6 +75,8 @@ def _iterate(config, groups, states, base, reward_fn, workdir, saved):
     logs = [metrics.MemberLog(workdir / f"members/{i}", hyper, done, config.log.tensorboard)
             for i, hyper in enumerate(hypers)]
     with metrics.progress_bar("train", config.rl.iterations, done) as bar:
+        if done:
+            bar.log(f"{workdir}: already trained for {done} of {config.rl.iterations} iterations")
         for iteration in range(done, config.rl.iterations):
             began = time.monotonic()
             rows = {}

@@ -130,7 +130,8 @@ def test_derivatives_are_finite_differences(distance):
     base = np.float64(normal(1, 12, 1.0))
     policy = np.float64(np.float32(base + normal(0, 12, distance)))
     log_prob = numeric(lambda z: log_softmax(z)[3], policy)
-    expected = {"log_prob": log_prob, "log_ratio": log_prob, "entropy": numeric(lambda z: entr(softmax(z)).sum(), policy),
+    expected = {"log_prob": log_prob, "log_ratio": log_prob,
+                "entropy": numeric(lambda z: entr(softmax(z)).sum(), policy),
                 "kl": numeric(lambda z: rel_entr(softmax(z), softmax(base)).sum(), policy)}
     got = jax.jacobian(terms_of)(np.float32(policy), np.float32(log_softmax(base)), 3)
     for name, derivative in expected.items():

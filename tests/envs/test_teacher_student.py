@@ -1,0 +1,252 @@
+"""The teacher-student environment, driven by hand and by random tokens."""
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kl_reg import config as configs
+from kl_reg.envs import ENVIRONMENTS
+from kl_reg.models import tokenizer as text
+from kl_reg.types import AGENT, FORCED, OPENING, STUDENT, Transcript
+
+LENGTH = 24
+LETTERS = {FORCED: "F", AGENT: "A", STUDENT: "S"}
+
+
+class Stage:
+    """An environment, and the transcript of a script: what its writers write, one token after the other."""
+
+    def __init__(self, tokenizer, length=LENGTH, **settings):
+        config = configs.default().env
+        config.update({"length": length} | settings)
+        self.config, self.tokenizer = config, tokenizer
+        self.env = ENVIRONMENTS[config.name](config, tokenizer)
+        self._play = jax.jit(self._scan)
+
+    def ids(self, string):
+        return text.encode(self.tokenizer, string)
+
+    def _scan(self, script):
+        def step(carry, _):
+            state, used = carry
+            role, forced = self.env.turn(state)
+            token = jnp.where(role == FORCED, forced, script[used])
+            return (self.env.observe(state, token), used + (role != FORCED)), (role, state.turn, token)
+
+        return jax.lax.scan(step, (self.env.reset(), 0), length=self.config.length)[1]
+
+    def play(self, script):
+        """Roles, turns and tokens [length] of an episode whose writers write `script`."""
+        script = jnp.array(list(script) + [0] * self.config.length)[:self.config.length]
+        return [np.asarray(x) for x in self._play(script)]
+
+    def transcript(self, *episodes):
+        """The episodes behind the first opening, as one batch of numpy arrays."""
+        opening = np.repeat(self.env.openings.tokens[:1], len(episodes), 0)
+        start = np.repeat(self.env.openings.start[:1], len(episodes), 0)
+        before = np.full_like(opening, OPENING)
+        roles, turns, tokens = (np.stack(x) for x in zip(*episodes, strict=True))
+        return Transcript(np.concatenate([opening, tokens], 1), np.concatenate([before, roles], 1),
+                          np.concatenate([np.full_like(opening, -1), turns], 1), start)
+
+    def bytes(self, string):
+        """One token a character, markers as they are written by `ids`."""
+        return [token for character in string for token in self.ids(character)]
+
+
+def letters(roles):
+    return "".join(LETTERS[int(role)] for role in roles)
+
+
+def digits(turns):
+    return "".join(map(str, turns))
+
+
+def test_forced_markers_by_hand(tiny_tokenizer):
+    stage = Stage(tiny_tokenizer, length=11)
+    roles, turns, tokens = stage.play(stage.bytes("xy\nz\n\nww"))
+    assert letters(roles) == "AAAFSSFAFSS"
+    assert digits(turns) == "00011122333"
+    assert text.decode(tiny_tokenizer, tokens) == "xy\nB:z\nA:\nB:ww"
+    replies = stage.env.read(stage.transcript((roles, turns, tokens)))
+    first = stage.env.openings.tokens.shape[1]
+    assert [(r.episode, r.turn, r.role, r.end - first, r.text, r.prompt, r.finished) for r in replies] == [
+        (0, 0, AGENT, 2, "xy", "<|start|>A:", True),
+        (0, 1, STUDENT, 5, "z", "<|start|>A:xy\nB:", True),
+        (0, 2, AGENT, 7, "", "<|start|>A:xy\nB:z\nA:", True),
+        (0, 3, STUDENT, 10, "ww", "<|start|>A:xy\nB:z\nA:\nB:", False)]
+    assert [r.ids for r in replies] == [stage.bytes("xy"), stage.bytes("z"), [], stage.bytes("ww")]
+
+
+def test_markers_of_several_tokens_by_hand(tiny_tokenizer):
+    stage = Stage(tiny_tokenizer, length=40, end="\n\n", teacher="Teacher:", student="Student:")
+    teacher, student = len(stage.ids("Teacher:")), len(stage.ids("Student:"))
+    assert teacher > 1 and student > 1 and len(stage.ids("\n\n")) == 2
+    roles, turns, tokens = stage.play(stage.bytes("x\n\ny\nz\n\n\n\nw\n"))
+    expected = [("A", 3, 0), ("F", student, 1), ("S", 5, 1), ("F", teacher, 2), ("A", 2, 2), ("F", student, 3)]
+    said = sum(count for _, count, _ in expected)
+    expected += [("S", 40 - said, 3)]
+    assert letters(roles) == "".join(letter * count for letter, count, _ in expected)
+    assert digits(turns) == "".join(str(turn) * count for _, count, turn in expected)
+    assert text.decode(tiny_tokenizer, tokens[:said + 2]) == "x\n\nStudent:y\nz\n\nTeacher:\n\nStudent:w\n"
+    replies = stage.env.read(stage.transcript((roles, turns, tokens)))
+    assert [(r.text, r.finished) for r in replies][:3] == [("x", True), ("y\nz", True), ("", True)]
+    assert replies[1].prompt == "<|start|>Teacher:x\n\nStudent:"
+    assert not replies[3].finished
+
+
+def test_written_markers_by_hand(tiny_tokenizer):
+    stage = Stage(tiny_tokenizer, length=12, markers="written")
+    roles, turns, tokens = stage.play(stage.ids("x\nB:y\nz\nA:\nB:w"))
+    assert letters(roles[:11]) == "AAASSSSSAAS"
+    assert digits(turns[:11]) == "00011111223"
+    assert text.decode(tiny_tokenizer, tokens[:11]) == "x\nB:y\nz\nA:\nB:w"
+    replies = stage.env.read(stage.transcript((roles, turns, tokens)))
+    assert [(r.role, r.text, r.finished) for r in replies[:3]] == [
+        (AGENT, "x", True), (STUDENT, "y\nz", True), (AGENT, "", True)]
+    assert replies[1].prompt == "<|start|>A:x\nB:"
+    assert not replies[3].finished
+
+
+def test_written_markers_end_only_the_turn_of_the_other_speakers_prefix(tiny_tokenizer):
+    stage = Stage(tiny_tokenizer, length=8, markers="written")
+    roles, _, _ = stage.play(stage.ids("x\nA:y\nB:z\nB:"))    # the agent's "\nA:" and the student's "\nB:" end nothing
+    assert letters(roles) == "AAAAAASS"
+
+
+def test_an_end_marker_must_be_the_writers_own(tiny_tokenizer):
+    stage = Stage(tiny_tokenizer, length=9, end="\n\n", student="B:\n")
+    roles, _, tokens = stage.play(stage.bytes("\n\n\ny\n\n"))    # the prefix's newline and the student's end nothing
+    assert letters(roles) == "AAFFSSSSF"
+    assert text.decode(tiny_tokenizer, tokens) == "\n\nB:\n\ny\n\nA:"
+
+
+@pytest.mark.parametrize(("markers", "script", "whole"), [("forced", "\nz\n", 4), ("written", "\nB:z\nA:", 5)])
+def test_a_reply_is_finished_exactly_if_the_episode_holds_its_end_marker(tiny_tokenizer, markers, script, whole):
+    for length in (whole - 1, whole):
+        stage = Stage(tiny_tokenizer, length=length, markers=markers)
+        reply = stage.env.read(stage.transcript(stage.play(stage.ids(script))))[1]
+        assert (reply.role, reply.finished, reply.text) == (STUDENT, length == whole, "z")
+
+
+def test_episodes_of_a_batch_are_read_one_by_one(tiny_tokenizer):
+    stage = Stage(tiny_tokenizer, length=6)
+    batch = stage.transcript(*(stage.play(stage.bytes(script)) for script in ("xx\nyy", "\n\n\n\n", "xxxxxx")))
+    assert [(r.episode, r.turn, r.text, r.finished) for r in stage.env.read(batch)] == [
+        (0, 0, "xx", True), (0, 1, "yy", False), (1, 0, "", True), (1, 1, "", True), (1, 2, "", True),
+        (2, 0, "xxxxxx", False)]
+
+
+SETTINGS = [{}, {"markers": "written"}, {"end": "\n\n", "teacher": "A:", "student": "Student:\n"},
+            {"end": "ab", "teacher": "Teacher:", "student": "ba", "markers": "written"}]
+
+
+@pytest.fixture(scope="module", params=SETTINGS, ids=["forced", "written", "forced-long", "written-long"])
+def stage(request, tiny_tokenizer):
+    return Stage(tiny_tokenizer, **request.param)
+
+
+def ends_with(ids, end):
+    return list(ids[-len(end):]) == end
+
+
+@given(st.data())
+def test_no_stream_of_tokens_breaks_the_rules(stage, data):
+    config = stage.config
+    end, teacher, student = stage.ids(config.end), stage.ids(config.teacher), stage.ids(config.student)
+    words = [end, teacher, student, end + teacher, end + student, *([x] for x in end + student), stage.ids("x")]
+    script = sum(data.draw(st.lists(st.sampled_from(words), min_size=LENGTH, max_size=LENGTH)), [])
+    roles, turns, tokens = stage.play(script)
+
+    forced = config.markers == "forced"
+    terminators = [end, end] if forced else [end + student, end + teacher]
+    prefixes = [teacher, student] if forced else [[], []]
+    assert turns[0] == 0 and set(np.diff(turns)) <= {0, 1}
+    assert tokens[roles != FORCED].tolist() == script[:(roles != FORCED).sum()]
+    for turn in range(turns[-1] + 1):
+        mine = turns == turn
+        prefix = prefixes[turn % 2] if turn else []
+        assert tokens[mine][:len(prefix)].tolist() == prefix[:mine.sum()]
+        writer = AGENT if turn % 2 == 0 else STUDENT
+        assert roles[mine].tolist() == ([FORCED] * len(prefix) + [writer] * LENGTH)[:mine.sum()]
+        said = tokens[mine][len(prefix):].tolist()
+        assert not any(ends_with(said[:i], terminators[turn % 2]) for i in range(len(said)))
+        assert turn == turns[-1] or ends_with(said, terminators[turn % 2])
+
+
+@given(st.data())
+def test_what_is_read_is_what_was_said(stage, data):
+    words = [*([x] for x in stage.ids(stage.config.end)), *([x] for x in stage.ids(stage.config.student)),
+             *([x] for x in stage.ids(stage.config.teacher)), stage.ids("x"), stage.ids(" y")]
+    script = sum(data.draw(st.lists(st.sampled_from(words), min_size=LENGTH, max_size=LENGTH)), [])
+    transcript = stage.transcript(stage.play(script))
+    replies = stage.env.read(transcript)
+    tokens, roles, turns = transcript.tokens[0], transcript.roles[0], transcript.turns[0]
+    assert [r.turn for r in replies] == sorted(set(turns[(roles == AGENT) | (roles == STUDENT)].tolist()))
+    end, teacher, student = (stage.ids(stage.config[name]) for name in ("end", "teacher", "student"))
+    for reply in replies:
+        slots = np.flatnonzero((turns == reply.turn) & (roles != FORCED))
+        terminator = end + {"forced": [], "written": student if reply.role == AGENT else teacher}[stage.config.markers]
+        assert reply.ids + terminator * reply.finished == tokens[slots].tolist()
+        assert reply.finished == ends_with(tokens[slots], terminator)
+        assert (reply.end, reply.role) == (slots[-1], roles[slots[0]])
+        assert reply.prompt == text.decode(stage.tokenizer, tokens[:slots[0]])
+
+
+def test_a_fixed_opening_ends_with_the_teachers_prefix(tiny_tokenizer):
+    stage = Stage(tiny_tokenizer, opening="<|start|>A: hi\n", teacher="Teacher:")
+    assert stage.env.openings.tokens.tolist() == [stage.ids("<|start|>A: hi\n") + stage.ids("Teacher:")]
+    assert stage.env.openings.start.tolist() == [0]
+
+
+@pytest.fixture
+def held_out(tmp_path, monkeypatch):
+    """Three conversations in place of the embedded ones: short, long, and one with an empty turn."""
+    conversations = [["hi", "yo", "not to be seen"], ["hello " * 30, "ok"], ["", "good day", "no", "no"]]
+    lines = [json.dumps({"ident": str(i), "turns": turns}) for i, turns in enumerate(conversations)]
+    (tmp_path / "held_out.jsonl").write_text("\n".join(lines) + "\n")
+    module = sys.modules["kl_reg.envs.teacher_student"]       # the package's attribute of that name is the function
+    monkeypatch.setattr(module, "EMBEDDED", tmp_path)
+
+
+def test_held_out_openings_are_left_padded_and_the_long_left_out(tiny_tokenizer, held_out):
+    stage = Stage(tiny_tokenizer, openings="held_out", opening_tokens=20)
+    rows = [stage.ids(x) for x in ("<|start|>A: hi\nB: yo\nA:", "<|start|>A:\nB: good day\nA:")]
+    width = max(map(len, rows))
+    assert len(rows[0]) != len(rows[1])
+    tokens, start = stage.env.openings
+    assert start.tolist() == [width - len(row) for row in rows]
+    assert [row[first:].tolist() for row, first in zip(tokens, start, strict=True)] == rows
+
+
+def test_the_prompt_of_a_padded_episode_leaves_padding_out(tiny_tokenizer, held_out):
+    stage = Stage(tiny_tokenizer, openings="held_out", opening_tokens=20, length=4)
+    assert stage.env.openings.start[0] > 0
+    reply = stage.env.read(stage.transcript(stage.play(stage.bytes("x\ny"))))[0]
+    assert reply.prompt == "<|start|>A: hi\nB: yo\nA:"
+
+
+def test_a_longer_allowance_lets_the_long_opening_in(tiny_tokenizer, held_out):
+    stage = Stage(tiny_tokenizer, openings="held_out", opening_tokens=400)
+    assert len(stage.env.openings.start) == 3
+
+
+def test_opening_turns_counts_the_turns_that_are_taken(tiny_tokenizer, held_out):
+    stage = Stage(tiny_tokenizer, openings="held_out", opening_turns=0)
+    assert stage.env.openings.tokens.tolist() == [stage.ids("<|start|>A:")] * 3
+
+
+@pytest.mark.parametrize(("settings", "words"), [
+    ({"markers": "none"}, "env.markers='none'.*forced.*written"),
+    ({"openings": "mine"}, "env.openings='mine'.*fixed.*held_out"),
+    ({"end": ""}, "env.end=''"), ({"teacher": ""}, "env.teacher=''"), ({"student": ""}, "env.student=''"),
+    ({"opening": ""}, "env.opening=''"),
+    ({"openings": "held_out", "opening_tokens": 3}, "env.opening_tokens")])
+def test_a_setting_that_cannot_work_is_named(tiny_tokenizer, held_out, settings, words):
+    with pytest.raises(ValueError, match=words):
+        Stage(tiny_tokenizer, **settings)

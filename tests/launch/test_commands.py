@@ -1,0 +1,49 @@
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def launch(command, *arguments):
+    return subprocess.run([sys.executable, "-m", f"launch.{command}", *map(str, arguments)], cwd=ROOT, text=True,
+                          capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def small(tiny_folder):
+    """The quickstart on a tiny model, two iterations."""
+    settings = {"model.path": tiny_folder, "env.opening": "<|start|>A: hi\n", "env.length": 12, "rl.iterations": 2,
+                "rl.episodes": 2, "evaluation.episodes": 4, "policy.hidden": 4}
+    return ["--config=configs/quickstart.py", *(f"--config.{key}={value}" for key, value in settings.items())]
+
+
+@pytest.mark.parametrize("command", ["train", "sweep", "report", "pretrain"])
+def test_help_explains_itself(command):
+    done = launch(command, "--help")
+    assert f"python -m launch.{command}" in done.stdout and "workdir" in done.stdout
+
+
+def test_one_member_trains_and_a_second_call_finds_it_done(small, tmp_path):
+    first = launch("train", *small, "--config.kl.budget=20.", f"--workdir={tmp_path}/run")
+    assert first.returncode == 0, first.stderr
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert [row["member"] for row in summary] == ["base", 0] and summary[1]["hyper"]["kl.budget"] == 20.0
+    assert first.stdout.strip().endswith(f"report  {tmp_path}/run/report.html")
+    second = launch("train", *small, "--config.kl.budget=20.", f"--workdir={tmp_path}/run")
+    assert second.returncode == 0 and "already trained" in second.stdout
+    assert json.loads((tmp_path / "run/summary.json").read_text()) == summary
+    other = launch("train", *small, "--config.kl.budget=10.", f"--workdir={tmp_path}/run")
+    assert other.returncode == 2 and "holds another experiment" in other.stderr
+
+
+@pytest.mark.parametrize("argument, says", [
+    ("--config.kl.coff=1", "unknown setting: 'coff'"), ("--config.kl.coef=-1", "error: kl.coef=-1.0"),
+    ("--config=configs/none.py", "configs/none.py"), ("more", "unexpected arguments")])
+def test_a_wrong_call_is_one_line(small, tmp_path, argument, says):
+    done = launch("train", *small, argument, f"--workdir={tmp_path}/run")
+    assert done.returncode != 0 and says in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()

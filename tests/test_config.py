@@ -1,0 +1,90 @@
+import json
+import math
+
+import pytest
+
+from kl_reg import config as configs
+from kl_reg.types import Hyper
+
+
+@pytest.fixture
+def config(tiny_folder):
+    config = configs.default()
+    config.model.path = str(tiny_folder)
+    config.env.length = 16
+    return config
+
+
+def test_a_sweep_is_the_union_of_its_grids_without_repetition(config):
+    config.sweep = [{"kl.coef": (0.0, 1.0), "seed": (0, 1)}, {"kl.budget": (5.0,), "seed": (0,)}, {"kl.coef": (1.0,),
+                                                                                                 "seed": (1,)}]
+    assert configs.members(config) == [
+        {"kl.coef": 0.0, "seed": 0}, {"kl.coef": 0.0, "seed": 1}, {"kl.coef": 1.0, "seed": 0},
+        {"kl.coef": 1.0, "seed": 1}, {"kl.budget": 5.0, "seed": 0}]
+
+
+def test_hyper_and_seed_leave_static_alone(config):
+    static, hyper, seed = configs.split(configs.override(config, {"kl.coef": 0.5, "rl.clip": 0.1, "seed": 7}))
+    other, _, _ = configs.split(config)
+    assert static == other and hash(static) == hash(other)
+    assert (float(hyper.kl_coef), round(float(hyper.clip), 6), seed) == (0.5, 0.1, 7)
+
+
+def test_a_budget_is_static_in_its_presence_and_hyper_in_its_size(config):
+    none, hyper, _ = configs.split(config)
+    small, small_hyper, _ = configs.split(configs.override(config, {"kl.budget": 0.0}))
+    large, _, _ = configs.split(configs.override(config, {"kl.budget": 3.0}))
+    assert math.isinf(hyper.kl_budget) and float(small_hyper.kl_budget) == 0.0
+    assert small == large and small != none and small.constrained and not none.constrained
+
+
+def test_every_hyper_field_comes_from_a_setting(config):
+    assert set(configs.HYPER.values()) == set(Hyper._fields)
+    assert set(configs.HYPER) <= set(configs.flat(config))
+
+
+def test_static_settings_come_back_as_they_were(config):
+    static, _, _ = configs.split(config)
+    assert static.config().env.to_dict() == config.env.to_dict()
+    assert "coef" not in static.config().kl and "seed" not in static.config()
+    json.loads(static.settings)
+
+
+def test_the_fingerprint_moves_with_results_only(config):
+    before = configs.fingerprint(config)
+    config.checkpoint.every = 3
+    config.log.tensorboard = False
+    assert configs.fingerprint(config) == before
+    config.kl.coef = 0.1
+    assert configs.fingerprint(config) != before
+
+
+@pytest.mark.parametrize("key, value, says", [
+    ("kl.coef", -0.1, "kl.coef=-0.1"), ("kl.budget", -1.0, "kl.budget=-1.0"), ("kl.coef", math.nan, "kl.coef=nan"),
+    ("rl.iterations", 0, "rl.iterations=0"), ("rl.discount", 1.5, "rl.discount=1.5"), ("rl.loss", "ppo", "ppo_clip"),
+    ("kl.placement", "reward", "prices nothing"), ("kl.estimator", "k7", "k1"), ("policy.kind", "lora", "full, head"),
+    ("policy.layers", 9, "the model has 3 layers"), ("env.length", 65, "context of 64"), ("seed", -1, "seed=-1"),
+    ("policy.spend_init", 1.0, "policy.spend_init"), ("rl.minibatches", 5, "multiple of rl.minibatches=5"),
+    ("model.path", "/nowhere", "/nowhere"), ("reward.name", "no.such.reward", "cannot be imported")])
+def test_a_bad_setting_is_one_error_that_names_it(config, key, value, says):
+    with pytest.raises((ValueError, FileNotFoundError), match=says.replace(".", r"\.")):
+        configs.validate(configs.override(config, {key: value}))
+
+
+def test_an_unknown_swept_setting_lists_what_exists(config):
+    config.sweep = [{"kl.coeff": (0.1,)}]
+    with pytest.raises(ValueError, match=r"'kl\.coeff'.*kl\.coef"):
+        configs.validate(config)
+
+
+def test_a_swept_value_of_the_wrong_type_is_refused(config):
+    config.sweep = [{"kl.coef": ("much",)}]
+    with pytest.raises(ValueError, match=r"kl\.coef='much'"):
+        configs.validate(config)
+
+
+def test_a_setting_that_the_schema_lacks_is_refused(config):
+    with config.unlocked():
+        config.kl.extra = 1
+    with pytest.raises(ValueError, match=r"unknown settings \['kl\.extra'\]"):
+        configs.validate(config)

@@ -1,0 +1,57 @@
+"""Names and dotted paths."""
+import math
+
+import pytest
+
+from kl_reg.registry import Registry
+
+
+@pytest.fixture
+def colours():
+    registry = Registry("paint.colour")
+    registry.register("red", 1)
+    registry.register("blue", 2)
+    return registry
+
+
+def test_a_name_gives_what_was_registered(colours):
+    assert colours["red"] == 1 and colours["blue"] == 2
+    assert colours.names() == ["blue", "red"]
+
+
+def test_register_returns_its_item(colours):
+    assert colours.register("green", math.sqrt) is math.sqrt
+
+
+def test_an_unknown_name_lists_the_choices(colours):
+    with pytest.raises(ValueError, match="paint.colour='green' is unknown; choose one of blue, red"):
+        colours["green"]
+
+
+def test_a_name_is_given_once(colours):
+    with pytest.raises(ValueError, match="paint.colour='red' is registered twice"):
+        colours.register("red", 3)
+    assert colours["red"] == 1
+
+
+def test_registries_are_apart(colours):
+    assert Registry("paint.colour").names() == []
+
+
+def test_a_dotted_path_works_like_a_name(colours):
+    assert colours["math.sqrt"] is math.sqrt
+    assert colours["kl_reg.registry.Registry"] is Registry
+
+
+def test_a_name_with_a_dot_comes_before_a_path(colours):
+    colours.register("math.sqrt", 4)
+    assert colours["math.sqrt"] == 4
+
+
+@pytest.mark.parametrize(("path", "words"), [
+    ("no_such_package.thing", "no_such_package"), ("math.no_such_name", "no_such_name"),
+    ("kl_reg.no_such_module.thing", "no_such_module"), ("math.", "math."), (".red", ".red"), ("..red", "..red")])
+def test_a_broken_dotted_path_says_what_is_missing(colours, path, words):
+    with pytest.raises(ValueError, match="paint.colour=") as error:
+        colours[path]
+    assert words in str(error.value)

@@ -1,0 +1,211 @@
+"""The gradient of a budgeted policy, against enumeration of all 27 sequences over 3 symbols and 3 steps.
+
+The policy is two tables, one row a prefix: the proposal's logits and a budget neuron. A token may cost
+sigmoid(neuron) * (what is left of the budget), the proposal is tilted to that, and the exact KL is charged. The oracle
+is float64 numpy with scipy's root finder, differentiated by central differences.
+"""
+from __future__ import annotations
+
+import itertools
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.optimize import brentq
+from scipy.special import expit, log_softmax, rel_entr, softmax
+
+from kl_reg import advantages, losses, rollout
+from kl_reg.models.policy import Policy, Reading
+from kl_reg.training import step
+from kl_reg.types import AGENT, OPENING, Episodes, Hyper, Transcript
+
+SEQUENCES = np.array(list(itertools.product(range(3), repeat=3)))
+ROWS = np.stack([np.zeros(27, int), 1 + SEQUENCES[:, 0], 4 + 3 * SEQUENCES[:, 0] + SEQUENCES[:, 1]], axis=1)
+BUDGETS = [0.3, 1.0, 4.0]
+
+
+def tables(seed):
+    """Parameters, base logits, and the reward [27, 3] of each token, given it and those before; the policy is far off.
+    """
+    rng = np.random.default_rng(seed)
+    params = {"logits": rng.normal(0, 2.5, (13, 3)), "neuron": rng.normal(0, 1, 13)}
+    return params, rng.normal(0, 1, (13, 3)), rng.normal(0, 1, (13, 3))[ROWS, SEQUENCES]
+
+
+class Enumerated:
+    """The process in float64: probabilities and KL of every token of every sequence, by a walk over the 13 prefixes."""
+
+    def __init__(self, params, base, budget):
+        self.log_prob, self.kl, self.strength = np.zeros((13, 3)), np.zeros(13), np.zeros(13)
+        spent = np.zeros(13)
+        for row in range(13):
+            if row:
+                spent[row] = spent[(row - 1) // 3] + self.kl[(row - 1) // 3]
+            log_base = log_softmax(base[row])
+            gap = params["logits"][row] - base[row]
+            allowance = expit(params["neuron"][row]) * max(budget - spent[row], 0)
+            excess = lambda a, gap=gap, log_base=log_base, allowance=allowance: (  # noqa: E731
+                rel_entr(softmax(log_base + a * gap), np.exp(log_base)).sum() - allowance)
+            self.strength[row] = 1.0 if excess(1.0) <= 0 else brentq(excess, 0, 1, xtol=1e-15, rtol=1e-14)
+            self.log_prob[row] = log_softmax(log_base + self.strength[row] * gap)
+            self.kl[row] = rel_entr(np.exp(self.log_prob[row]), np.exp(log_base)).sum()
+
+    def weight(self):
+        """The probability of each sequence [27]."""
+        return np.exp(self.log_prob[ROWS, SEQUENCES].sum(1))
+
+
+def difference(function, params, size=1e-5):
+    """The gradient of function(params) by central differences, as one vector: 39 logits, then 13 neurons."""
+    point = np.append(params["logits"], params["neuron"])
+    whole = lambda x: function({"logits": x[:39].reshape(13, 3), "neuron": x[39:]})  # noqa: E731
+    return np.array([(whole(point + e) - whole(point - e)) / (2 * size) for e in size * np.eye(52)])
+
+
+def program(constrained, **settings):
+    """A program whose policy reads tables; the features of a token are the row of its prefix."""
+
+    def read(params, base, features, situation):
+        del situation
+        logits, neuron = params["logits"][features], params["neuron"][features]
+        return Reading(base[features], logits - base[features], jnp.zeros(features.shape), jax.nn.sigmoid(neuron))
+
+    policy = Policy(None, None, None, lambda params, base, episodes: episodes.features, read)
+    return SimpleNamespace(policy=policy, env=SimpleNamespace(length=3), constrained=constrained, **settings)
+
+
+def hyper(budget, kl_coef=0.0):
+    return Hyper(*map(jnp.float32, (kl_coef, budget, 1e-3, 0.2, 0.0, 0.0, 1.0, 1.0)))
+
+
+def all_episodes():
+    """The 27 sequences, behind an opening of one token."""
+    slot = np.broadcast_to(np.arange(1, 4), (27, 3))
+    transcript = Transcript(np.insert(SEQUENCES, 0, 0, axis=1), np.tile([OPENING] + [AGENT] * 3, (27, 1)),
+                            np.tile([-1, 0, 0, 0], (27, 1)), np.zeros(27, int))
+    recorded = [np.zeros((27, 3), np.float32)] * 6
+    return jax.tree.map(jnp.asarray, Episodes(transcript, ROWS, slot, SEQUENCES, np.ones((27, 3), bool), *recorded))
+
+
+def single(tree):
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)
+
+
+def estimate(params, base, rewards, budget, constrained=True):
+    """The expected gradient of sum_t A_t log pi(a_t), A_t = return-to-go, through `score`."""
+    weight = jnp.float32(Enumerated(params, base, budget if constrained else np.inf).weight())
+    to_go = jnp.cumsum(jnp.float32(rewards)[:, ::-1], axis=1)[:, ::-1]
+
+    @jax.jit
+    def surrogate(params):
+        scores = step.score(program(constrained), params, single(base), all_episodes(), hyper(budget), jnp.int32(3))
+        return (weight[:, None] * to_go * scores.log_prob).sum()
+
+    grads = jax.grad(surrogate)(single(params))
+    return np.append(grads["logits"], grads["neuron"])
+
+
+def expected_return(params, base, rewards, budget):
+    return (Enumerated(params, base, budget).weight() * rewards.sum(1)).sum()
+
+
+def assert_close(got, expected, part=1e-3):
+    np.testing.assert_allclose(got, expected, rtol=part, atol=part * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_score_is_the_enumerated_process(budget, seed):
+    params, base, _ = tables(seed)
+    scores = step.score(program(True), single(params), single(base), all_episodes(), hyper(budget), jnp.int32(3))
+    exact = Enumerated(params, base, budget)
+    assert (exact.strength < 1).sum() >= {0.3: 10, 1.0: 6, 4.0: 1}[budget]
+    np.testing.assert_allclose(exact.weight().sum(), 1.0)
+    np.testing.assert_allclose(scores.kl, exact.kl[ROWS], rtol=5e-4)
+    np.testing.assert_allclose(scores.log_prob, exact.log_prob[ROWS, SEQUENCES], rtol=1e-3, atol=1e-3)
+    assert scores.kl.sum(1).max() <= budget * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_expected_gradient_is_the_enumerated_one(budget, seed):
+    params, base, rewards = tables(seed)
+    expected = difference(lambda p: expected_return(p, base, rewards, budget), params)
+    assert_close(estimate(params, base, rewards, budget), expected)
+
+
+@pytest.fixture
+def frozen_ledger(monkeypatch):
+    """What was spent is taken as recorded, not as a function of the parameters."""
+    remaining = rollout.remaining
+    for module in (rollout, step):
+        monkeypatch.setattr(module, "remaining", lambda budget, spent: remaining(budget, jax.lax.stop_gradient(spent)))
+
+
+def test_a_frozen_ledger_gives_another_gradient(frozen_ledger):
+    params, base, rewards = tables(0)
+    expected = difference(lambda p: expected_return(p, base, rewards, 1.0), params)
+    assert np.linalg.norm(estimate(params, base, rewards, 1.0) - expected) > 0.1 * np.linalg.norm(expected)
+
+
+def saving_pays():
+    """All tokens are proposed to be 0, which pays a little at the first token and much at the last."""
+    params = {"logits": np.tile([3.0, 0.0, 0.0], (13, 1)), "neuron": np.zeros(13)}
+    return params, np.zeros((13, 3)), (SEQUENCES == 0) * np.array([0.05, 0.0, 1.0])
+
+
+def test_a_frozen_ledger_sees_the_benefit_of_spending_and_not_its_cost(frozen_ledger):
+    """The first neuron's gradient has the wrong sign."""
+    case = saving_pays()
+    expected = difference(lambda p: expected_return(p, *case[1:], 0.5), case[0])
+    assert expected[39] < -0.003 and estimate(*case, 0.5)[39] > 0.003
+
+
+def test_the_cost_of_spending_is_seen():
+    """The same case with the ledger re-run."""
+    case = saving_pays()
+    assert_close(estimate(*case, 0.5), difference(lambda p: expected_return(p, *case[1:], 0.5), case[0]))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_without_a_budget(seed):
+    params, base, rewards = tables(seed)
+    expected = difference(lambda p: expected_return(p, base, rewards, np.inf), params)
+    got = estimate(params, base, rewards, np.inf, constrained=False)
+    assert_close(got, expected)
+    np.testing.assert_array_equal(got[39:], 0.0)
+
+
+@pytest.mark.parametrize("constrained, budget", [(True, 1.0), (True, 4.0), (False, np.inf)])
+@pytest.mark.parametrize("estimator, placement", [("exact", "full"), ("k1", "reward")])
+def test_penalty_and_budget_together(estimator, placement, constrained, budget):
+    """The whole path, targets and objective: what it descends is -(return - coef * KL of the episode)."""
+    params, base, rewards = tables(2)
+    coef = 0.7
+    prog = program(constrained, loss=losses.LOSSES["reinforce"], advantage=advantages.ADVANTAGES["monte_carlo"],
+                   normalise=False, estimator=estimator, placement=placement)
+
+    def value(p):
+        process = Enumerated(p, base, budget)
+        return (process.weight() * (rewards.sum(1) - coef * process.kl[ROWS].sum(1))).sum()
+
+    exact, settings, episodes = Enumerated(params, base, budget), hyper(budget, coef), all_episodes()
+    log_base = log_softmax(base, axis=1)[ROWS, SEQUENCES]
+    log_prob = exact.log_prob[ROWS, SEQUENCES]
+    episodes = episodes._replace(log_prob=jnp.float32(log_prob), log_ratio=jnp.float32(log_prob - log_base),
+                                 kl=jnp.float32(exact.kl[ROWS]))
+    advantage, returns, factor = step.targets(prog, episodes, jnp.float32(rewards), settings)
+
+    @jax.jit
+    def loss(params):
+        """Three times the mean over a sequence's tokens, weighted by its probability."""
+        def sequence(*row):
+            episode, *target = jax.tree.map(lambda x: x[None], row)
+            return step.objective(prog, params, single(base), episode, (*target, factor), settings, jnp.int32(3))[0]
+
+        return 3 * (jnp.float32(exact.weight()) * jax.vmap(sequence)(episodes, advantage, returns)).sum()
+
+    grads = jax.grad(loss)(single(params))
+    assert_close(np.append(grads["logits"], grads["neuron"]), -difference(value, params), 2e-3)

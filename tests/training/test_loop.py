@@ -1,0 +1,143 @@
+import json
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+import kl_reg
+from kl_reg import config as configs
+
+calls = {"left": 10**9}
+
+
+def reward(prompts, completions, completion_ids):
+    """Longer replies are better; raises when its calls are used up."""
+    calls["left"] -= 1
+    if calls["left"] < 0:
+        raise KeyboardInterrupt
+    return [len(ids) / 10 for ids in completion_ids]
+
+
+@pytest.fixture(scope="module")
+def config(tiny_folder):
+    config = configs.default()
+    config.model.path = str(tiny_folder)
+    config.env.opening, config.env.length = "<|start|>A: hi\n", 16
+    config.rl.iterations, config.rl.episodes, config.evaluation.episodes = 4, 4, 10
+    config.policy.hidden, config.checkpoint.every, config.log.tensorboard = 8, 2, True
+    config.optim.learning_rate = 1e-2
+    config.sweep = [{"kl.coef": (0.0, 0.3), "seed": (0,)}, {"kl.budget": (0.0, 2.0), "seed": (1,)}]
+    return config
+
+
+@pytest.fixture(scope="module")
+def whole(config, tmp_path_factory):
+    return kl_reg.train(config, reward, tmp_path_factory.mktemp("whole") / "run")
+
+
+def lines(result, member):
+    rows = [json.loads(line) for line in (result.workdir / f"members/{member}/metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+def test_the_summary_has_the_base_and_every_member(whole, config):
+    summary = json.loads((whole.workdir / "summary.json").read_text())
+    assert [row["member"] for row in summary] == ["base", 0, 1, 2, 3]
+    assert summary[0]["hyper"] == {} and summary[3]["hyper"] == {"kl.coef": 0.0, "kl.budget": 0.0, "seed": 1}
+    for row in summary:
+        assert row["final"]["episodes"] == 10
+        assert {"return", "kl/nats_per_episode", "teacher/silent_rate", "student/silent_rate"} <= set(row["final"])
+    assert whole.report.is_file()
+
+
+def test_the_base_and_a_budget_of_zero_are_the_same_policy(whole):
+    summary = json.loads((whole.workdir / "summary.json").read_text())
+    base, zero = summary[0]["final"], summary[3]["final"]
+    assert base["kl/nats_per_episode"] < 1e-6 and zero["kl/nats_per_episode"] < 1e-6
+    assert base["return"] == zero["return"]
+
+
+def test_a_budget_binds_the_trained_member_in_every_episode(whole):
+    with np.load(whole.workdir / "members/3/evaluation.npz") as arrays:
+        assert (arrays["kl"].sum(1) <= 2.0 * (1 + 1e-5)).all() and arrays["kl"].sum() > 0
+
+
+def test_evaluation_counts_returns_as_the_reward_function_gives_them(whole, tiny_tokenizer):
+    with np.load(whole.workdir / "members/0/evaluation.npz") as arrays:
+        end = tiny_tokenizer.encode("\n").ids[0]
+        expected = []
+        for tokens, roles, turns in zip(arrays["tokens"], arrays["roles"], arrays["turns"], strict=True):
+            replies = [tokens[(turns == turn) & (roles == 4)] for turn in range(1, turns.max() + 1, 2)]
+            expected.append(sum((len(ids) - 1) / 10 for ids in replies if len(ids) and ids[-1] == end))
+        np.testing.assert_allclose(arrays["returns"], expected, rtol=1e-6)
+
+
+def test_a_killed_run_resumes_bit_equal(whole, config, tmp_path):
+    calls["left"] = 3 * 4 - 1                                   # members x iterations: dies in the third iteration
+    with pytest.raises(KeyboardInterrupt):
+        kl_reg.train(config, reward, tmp_path / "run")
+    calls["left"] = 10**9
+    resumed = kl_reg.train(config, reward, tmp_path / "run")
+    chex.assert_trees_all_equal(resumed.params, whole.params)
+    for member in range(4):
+        assert lines(resumed, member) == lines(whole, member)
+
+
+def test_a_finished_run_is_reported_again_without_training(whole, config):
+    again = kl_reg.train(config, reward, whole.workdir)
+    chex.assert_trees_all_equal(again.params, whole.params)
+    assert again.summary == whole.summary
+
+
+def test_a_member_of_the_sweep_equals_its_solo_run(whole, config, tmp_path):
+    solo = config.copy_and_resolve_references()
+    solo.sweep, solo.kl.coef = [], 0.3
+    alone = kl_reg.train(solo, reward, tmp_path / "solo")
+    for ours, theirs in zip(lines(alone, 0), lines(whole, 1), strict=True):
+        for key in ("return", "kl/nats_per_episode", "loss/policy"):
+            np.testing.assert_allclose(ours[key], theirs[key], rtol=1e-3, atol=1e-5)
+    chex.assert_trees_all_close(alone.params[0], whole.params[1], rtol=1e-3, atol=1e-5)
+
+
+def test_training_moves_the_policy_towards_more_reward(whole):
+    moved = [float(np.abs(x).max()) for x in jax.tree.leaves(whole.params[0]["actor"]["change"])]
+    assert max(moved) > 1e-3
+
+
+def test_another_experiment_in_the_directory_is_refused(whole, config):
+    other = config.copy_and_resolve_references()
+    other.rl.epochs = 1
+    with pytest.raises(FileExistsError, match="holds another experiment"):
+        kl_reg.train(other, reward, whole.workdir)
+
+
+def test_a_foreign_directory_is_refused_and_left_alone(config, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"not empty and holds no config\.json"):
+        kl_reg.train(config, reward, tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_bad_setting_writes_nothing(config, tmp_path):
+    bad = config.copy_and_resolve_references()
+    bad.env.length = 60                                         # with its opening longer than the context of 64
+    with pytest.raises(ValueError, match="context is 64"):
+        kl_reg.train(bad, reward, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_reward_that_is_no_number_stops_before_the_update(config, tmp_path):
+    def broken(prompts, completions, completion_ids):
+        return [float("nan")] * len(completions)
+
+    with pytest.raises(ValueError, match="reward function 'broken' returned nan"):
+        kl_reg.train(config, broken, tmp_path / "run")
+
+
+def test_tensorboard_has_the_scalars(whole):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(whole.workdir / "members/1/tensorboard")).Reload()
+    assert [round(event.value, 5) for event in events.Scalars("return")] == [round(row["return"], 5)
+                                                                             for row in lines(whole, 1)]
