@@ -23,7 +23,7 @@ def get_config() -> ConfigDict:
     config.context = 256
     config.rows = 16
     config.dtype = "bfloat16"
-    config.steps = 4400
+    config.steps = 3800
     config.warmup = 50
     config.decay = 0.4
     config.muon_learning_rate = 0.02

@@ -52,7 +52,7 @@ def normalise(advantages: Float[Array, "b k"], mask: Bool[Array, "b k"]) -> tupl
 
     A KL term in the loss must be multiplied by the same factor, or it changes its price.
     """
-    count = jnp.maximum(mask.sum(), 1)
+    count = jnp.maximum(mask.sum(), 1).astype(advantages.dtype)
     mean = jnp.where(mask, advantages, 0.0).sum() / count
     centred = jnp.where(mask, advantages - mean, 0.0)
     factor = 1 / (jnp.sqrt((centred**2).sum() / count) + 1e-6)

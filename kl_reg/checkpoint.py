@@ -7,8 +7,11 @@ import pathlib
 import orbax.checkpoint as ocp
 
 
-def claim(workdir: pathlib.Path, config: dict, fingerprint: str) -> None:
+def claim(workdir: pathlib.Path, resolved: dict) -> None:
     """Makes `workdir` this experiment's, or checks that it already is.
+
+    Args:
+        resolved: {"config": the resolved configuration, "fingerprint": of it}; written as config.json.
 
     Raises:
         FileExistsError: the directory holds another experiment, or something that is none.
@@ -16,32 +19,38 @@ def claim(workdir: pathlib.Path, config: dict, fingerprint: str) -> None:
     file = workdir / "config.json"
     if file.exists():
         found = json.loads(file.read_text())["fingerprint"]
-        if found != fingerprint:
-            raise FileExistsError(f"{workdir} holds another experiment (fingerprint {found}, this one is {fingerprint}); "
-                                  "choose another --workdir, or the configuration in its config.json to resume it")
+        if found != resolved["fingerprint"]:
+            raise FileExistsError(f"{workdir} holds another experiment (fingerprint {found}, this one is "
+                                  f"{resolved['fingerprint']}); choose another --workdir, or the configuration in its "
+                                  "config.json to resume it")
         return
     if workdir.exists() and any(workdir.iterdir()):
         raise FileExistsError(f"{workdir} is not empty and holds no config.json of an experiment; choose another "
                               "--workdir")
     workdir.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({"config": config, "fingerprint": fingerprint}, indent=2) + "\n")
+    file.write_text(json.dumps(resolved, indent=2) + "\n")
 
 
 class Checkpoints:
-    """The states of a run's programs by iteration, the last two kept, written in the background."""
+    """The states of a run's programs by iteration, the last two kept, written in the background; each with the resolved
+    configuration and its fingerprint, `resolved`."""
 
-    def __init__(self, folder: pathlib.Path):
+    def __init__(self, folder: pathlib.Path, resolved: dict):
+        self._resolved = resolved
         options = ocp.CheckpointManagerOptions(max_to_keep=2)
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
     def save(self, iteration: int, states: list) -> None:
         """Takes a copy and returns; the states may be donated afterwards."""
-        self._manager.save(iteration, args=ocp.args.StandardSave(states))
+        self._manager.save(iteration, args=ocp.args.Composite(state=ocp.args.StandardSave(states),
+                                                              config=ocp.args.JsonSave(self._resolved)))
 
     def restore(self, states: list) -> list:
         """The latest states, or `states` themselves where nothing was saved."""
         latest = self._manager.latest_step()
-        return states if latest is None else self._manager.restore(latest, args=ocp.args.StandardRestore(states))
+        if latest is None:
+            return states
+        return self._manager.restore(latest, args=ocp.args.Composite(state=ocp.args.StandardRestore(states))).state
 
     def close(self) -> None:
         """Waits for what is being written."""

@@ -31,7 +31,7 @@ class Registry:
         if name in self._objects:
             return self._objects[name]
         module, _, attribute = name.rpartition(".")
-        if module:
+        if module and not name.startswith("."):
             try:
                 return getattr(importlib.import_module(module), attribute)
             except (ImportError, AttributeError) as error:

@@ -1,13 +1,14 @@
 """From a reward function to rewards on the agent stream. On the host."""
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from kl_reg.envs.teacher_student import Reply
 from kl_reg.types import STUDENT
+
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 def score_replies(reward_fn: Callable, replies: Sequence[Reply]) -> np.ndarray:
@@ -31,7 +32,7 @@ def score_replies(reward_fn: Callable, replies: Sequence[Reply]) -> np.ndarray:
     if len(values) != len(chosen):
         raise ValueError(f"{name} returned {len(values)} rewards for {len(chosen)} completions")
     for i, value, reply in zip(scored, values, chosen, strict=True):
-        if value is not None and not math.isfinite(value):
+        if value is not None and not abs(value) <= _LARGEST:      # no NaN either
             raise ValueError(f"{name} returned {value!r} for the completion {reply.text!r}")
         rewards[i] = 0.0 if value is None else value
     return rewards

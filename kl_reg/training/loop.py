@@ -55,9 +55,10 @@ def train(config: ConfigDict, reward_fn: Callable | None = None, workdir: str | 
     reward_fn = reward_fn or rewards.REWARDS[config.reward.name]
     model = weights.load(config.model.path, config.model.dtype)
     groups = sweep.plan(config, model)
-    checkpoint.claim(workdir, json.loads(config.to_json()), configs.fingerprint(config))
+    resolved = {"config": json.loads(config.to_json()), "fingerprint": configs.fingerprint(config)}
+    checkpoint.claim(workdir, resolved)
     states = [group.run.init(model.params, group.seeds) for group in groups]
-    saved = checkpoint.Checkpoints(workdir / "checkpoints")
+    saved = checkpoint.Checkpoints(workdir / "checkpoints", resolved)
     states = saved.restore(states)
     _iterate(config, groups, states, model.params, reward_fn, workdir, saved)
     saved.close()

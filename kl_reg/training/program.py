@@ -11,6 +11,7 @@ import optax
 
 from kl_reg import advantages, envs, losses, rollout
 from kl_reg.config import Static
+from kl_reg.envs.teacher_student import Environment
 from kl_reg.models import policy, tokenizer, weights
 from kl_reg.training import step
 from kl_reg.types import Episodes, Hyper, TrainState
@@ -20,7 +21,7 @@ class Program(NamedTuple):
     """The objects that the static settings name, and the settings that the step reads."""
 
     policy: policy.Policy
-    env: envs.teacher_student.Environment
+    env: Environment
     loss: Callable
     advantage: Callable
     optimizer: optax.GradientTransformation

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from kl_reg import config as configs
 from kl_reg.envs import ENVIRONMENTS
 from kl_reg.models import tokenizer as text
-from kl_reg.types import AGENT, FORCED, OPENING, STUDENT, Transcript
+from kl_reg.types import AGENT, FORCED, OPENING, PAD, STUDENT, Transcript
 
 LENGTH = 24
 LETTERS = {FORCED: "F", AGENT: "A", STUDENT: "S"}
@@ -45,11 +45,10 @@ class Stage:
         script = jnp.array(list(script) + [0] * self.config.length)[:self.config.length]
         return [np.asarray(x) for x in self._play(script)]
 
-    def transcript(self, *episodes):
-        """The episodes behind the first opening, as one batch of numpy arrays."""
-        opening = np.repeat(self.env.openings.tokens[:1], len(episodes), 0)
-        start = np.repeat(self.env.openings.start[:1], len(episodes), 0)
-        before = np.full_like(opening, OPENING)
+    def transcript(self, *episodes, row=0):
+        """The episodes behind an opening, as one batch of numpy arrays."""
+        opening, start = (x[[row] * len(episodes)] for x in self.env.openings)
+        before = np.where(np.arange(opening.shape[1]) >= start[:, None], OPENING, PAD)
         roles, turns, tokens = (np.stack(x) for x in zip(*episodes, strict=True))
         return Transcript(np.concatenate([opening, tokens], 1), np.concatenate([before, roles], 1),
                           np.concatenate([np.full_like(opening, -1), turns], 1), start)
@@ -63,6 +62,10 @@ def letters(roles):
     return "".join(LETTERS[int(role)] for role in roles)
 
 
+def said(tokenizer, tokens):
+    return text.decode(tokenizer, tokens.tolist())
+
+
 def digits(turns):
     return "".join(map(str, turns))
 
@@ -72,7 +75,7 @@ def test_forced_markers_by_hand(tiny_tokenizer):
     roles, turns, tokens = stage.play(stage.bytes("xy\nz\n\nww"))
     assert letters(roles) == "AAAFSSFAFSS"
     assert digits(turns) == "00011122333"
-    assert text.decode(tiny_tokenizer, tokens) == "xy\nB:z\nA:\nB:ww"
+    assert said(tiny_tokenizer, tokens) == "xy\nB:z\nA:\nB:ww"
     replies = stage.env.read(stage.transcript((roles, turns, tokens)))
     first = stage.env.openings.tokens.shape[1]
     assert [(r.episode, r.turn, r.role, r.end - first, r.text, r.prompt, r.finished) for r in replies] == [
@@ -89,11 +92,11 @@ def test_markers_of_several_tokens_by_hand(tiny_tokenizer):
     assert teacher > 1 and student > 1 and len(stage.ids("\n\n")) == 2
     roles, turns, tokens = stage.play(stage.bytes("x\n\ny\nz\n\n\n\nw\n"))
     expected = [("A", 3, 0), ("F", student, 1), ("S", 5, 1), ("F", teacher, 2), ("A", 2, 2), ("F", student, 3)]
-    said = sum(count for _, count, _ in expected)
-    expected += [("S", 40 - said, 3)]
+    count = sum(count for _, count, _ in expected)
+    expected += [("S", 40 - count, 3)]
     assert letters(roles) == "".join(letter * count for letter, count, _ in expected)
     assert digits(turns) == "".join(str(turn) * count for _, count, turn in expected)
-    assert text.decode(tiny_tokenizer, tokens[:said + 2]) == "x\n\nStudent:y\nz\n\nTeacher:\n\nStudent:w\n"
+    assert said(tiny_tokenizer, tokens[:count + 2]) == "x\n\nStudent:y\nz\n\nTeacher:\n\nStudent:w\n"
     replies = stage.env.read(stage.transcript((roles, turns, tokens)))
     assert [(r.text, r.finished) for r in replies][:3] == [("x", True), ("y\nz", True), ("", True)]
     assert replies[1].prompt == "<|start|>Teacher:x\n\nStudent:"
@@ -105,7 +108,7 @@ def test_written_markers_by_hand(tiny_tokenizer):
     roles, turns, tokens = stage.play(stage.ids("x\nB:y\nz\nA:\nB:w"))
     assert letters(roles[:11]) == "AAASSSSSAAS"
     assert digits(turns[:11]) == "00011111223"
-    assert text.decode(tiny_tokenizer, tokens[:11]) == "x\nB:y\nz\nA:\nB:w"
+    assert said(tiny_tokenizer, tokens[:11]) == "x\nB:y\nz\nA:\nB:w"
     replies = stage.env.read(stage.transcript((roles, turns, tokens)))
     assert [(r.role, r.text, r.finished) for r in replies[:3]] == [
         (AGENT, "x", True), (STUDENT, "y\nz", True), (AGENT, "", True)]
@@ -123,7 +126,7 @@ def test_an_end_marker_must_be_the_writers_own(tiny_tokenizer):
     stage = Stage(tiny_tokenizer, length=9, end="\n\n", student="B:\n")
     roles, _, tokens = stage.play(stage.bytes("\n\n\ny\n\n"))    # the prefix's newline and the student's end nothing
     assert letters(roles) == "AAFFSSSSF"
-    assert text.decode(tiny_tokenizer, tokens) == "\n\nB:\n\ny\n\nA:"
+    assert said(tiny_tokenizer, tokens) == "\n\nB:\n\ny\n\nA:"
 
 
 @pytest.mark.parametrize(("markers", "script", "whole"), [("forced", "\nz\n", 4), ("written", "\nB:z\nA:", 5)])
@@ -174,9 +177,9 @@ def test_no_stream_of_tokens_breaks_the_rules(stage, data):
         assert tokens[mine][:len(prefix)].tolist() == prefix[:mine.sum()]
         writer = AGENT if turn % 2 == 0 else STUDENT
         assert roles[mine].tolist() == ([FORCED] * len(prefix) + [writer] * LENGTH)[:mine.sum()]
-        said = tokens[mine][len(prefix):].tolist()
-        assert not any(ends_with(said[:i], terminators[turn % 2]) for i in range(len(said)))
-        assert turn == turns[-1] or ends_with(said, terminators[turn % 2])
+        own = tokens[mine][len(prefix):].tolist()
+        assert not any(ends_with(own[:i], terminators[turn % 2]) for i in range(len(own)))
+        assert turn == turns[-1] or ends_with(own, terminators[turn % 2])
 
 
 @given(st.data())
@@ -195,7 +198,7 @@ def test_what_is_read_is_what_was_said(stage, data):
         assert reply.ids + terminator * reply.finished == tokens[slots].tolist()
         assert reply.finished == ends_with(tokens[slots], terminator)
         assert (reply.end, reply.role) == (slots[-1], roles[slots[0]])
-        assert reply.prompt == text.decode(stage.tokenizer, tokens[:slots[0]])
+        assert reply.prompt == said(stage.tokenizer, tokens[:slots[0]])
 
 
 def test_a_fixed_opening_ends_with_the_teachers_prefix(tiny_tokenizer):
@@ -226,9 +229,10 @@ def test_held_out_openings_are_left_padded_and_the_long_left_out(tiny_tokenizer,
 
 def test_the_prompt_of_a_padded_episode_leaves_padding_out(tiny_tokenizer, held_out):
     stage = Stage(tiny_tokenizer, openings="held_out", opening_tokens=20, length=4)
-    assert stage.env.openings.start[0] > 0
-    reply = stage.env.read(stage.transcript(stage.play(stage.bytes("x\ny"))))[0]
-    assert reply.prompt == "<|start|>A: hi\nB: yo\nA:"
+    padded = int(stage.env.openings.start.argmax())
+    assert stage.env.openings.start[padded] > 0
+    reply = stage.env.read(stage.transcript(stage.play(stage.bytes("x\ny")), row=padded))[0]
+    assert reply.prompt == ["<|start|>A: hi\nB: yo\nA:", "<|start|>A:\nB: good day\nA:"][padded]
 
 
 def test_a_longer_allowance_lets_the_long_opening_in(tiny_tokenizer, held_out):

@@ -58,3 +58,9 @@ def test_common_text_is_merged():
     trained = tokenizer.train(["hello hello hello\n"] * 5, 280, ["A:"])
     assert tokenizer.pieces(trained, tokenizer.encode(trained, "A: hello\n")) == ["A:", " hello", "\n"]
     assert trained.get_vocab_size() <= 280
+
+
+def test_rows_are_padded_on_the_left_by_hand():
+    tokens, start = tokenizer.left_pad([[1, 2, 3], [4], [5, 6]])
+    assert tokens.tolist() == [[1, 2, 3], [0, 0, 4], [0, 5, 6]]
+    assert start.tolist() == [0, 2, 1]

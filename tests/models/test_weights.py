@@ -15,9 +15,9 @@ from kl_reg.models import decoder, weights
 
 
 @pytest.fixture
-def broken(tiny_folder, tmp_path):
-    """A copy of the tiny model's folder, to be broken."""
-    return shutil.copytree(tiny_folder, tmp_path / "broken")
+def copy(tiny_folder, tmp_path):
+    """A copy of the tiny model's folder, to be broken or written over."""
+    return shutil.copytree(tiny_folder, tmp_path / "copy")
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -37,8 +37,9 @@ def test_transformers_reads_what_save_writes(tmp_path, tiny_shapes, tiny_params,
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_load_gives_what_was_saved_in_the_asked_dtype(tiny_folder, tiny_shapes, tiny_params, dtype):
-    model = weights.load(str(tiny_folder), dtype)
+def test_load_gives_what_was_saved_in_the_asked_dtype(copy, tiny_shapes, tiny_params, dtype):
+    weights.save(copy, tiny_shapes, tiny_params)
+    model = weights.load(str(copy), dtype)
     assert model.config == dataclasses.replace(tiny_shapes, dtype=dtype)
     expected = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(dtype), tiny_params)
     assert jax.tree.structure(model.params) == jax.tree.structure(expected)
@@ -48,11 +49,11 @@ def test_load_gives_what_was_saved_in_the_asked_dtype(tiny_folder, tiny_shapes, 
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
-def test_a_missing_file_is_named(broken, name):
-    (broken / name).unlink()
+def test_a_missing_file_is_named(copy, name):
+    (copy / name).unlink()
     with pytest.raises(FileNotFoundError) as error:
-        weights.load(str(broken))
-    assert str(broken / name) in str(error.value)
+        weights.load(str(copy))
+    assert str(copy / name) in str(error.value)
 
 
 def test_a_missing_embedded_model_says_how_to_make_one(tmp_path, monkeypatch):
@@ -61,39 +62,39 @@ def test_a_missing_embedded_model_says_how_to_make_one(tmp_path, monkeypatch):
         weights.load("embedded")
 
 
-def test_embedded_is_the_folder_in_the_package(broken, tiny_params, monkeypatch):
-    monkeypatch.setattr(weights, "EMBEDDED", broken)
-    assert weights.load("embedded").folder == broken
+def test_embedded_is_the_folder_in_the_package(copy, monkeypatch):
+    monkeypatch.setattr(weights, "EMBEDDED", copy)
+    assert weights.load("embedded").folder == copy
 
 
-def test_an_unknown_family_lists_the_known(broken):
-    (broken / "config.json").write_text('{"model_type": "mamba"}')
+def test_an_unknown_family_lists_the_known(copy):
+    (copy / "config.json").write_text('{"model_type": "mamba"}')
     with pytest.raises(ValueError, match="'mamba'.*llama"):
-        weights.load(str(broken))
+        weights.load(str(copy))
 
 
 @pytest.mark.parametrize("setting", [
     {"attention_bias": True}, {"mlp_bias": True}, {"rope_scaling": {"factor": 2.0}}, {"hidden_act": "gelu"},
     {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}])
-def test_a_setting_that_would_change_the_model_is_refused(broken, setting):
-    config = json.loads((broken / "config.json").read_text())
-    (broken / "config.json").write_text(json.dumps(config | setting))
+def test_a_setting_that_would_change_the_model_is_refused(copy, setting):
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | setting))
     with pytest.raises(ValueError, match=f"{next(iter(setting))}.*not supported"):
-        weights.load(str(broken))
+        weights.load(str(copy))
 
 
 @pytest.mark.parametrize("part", [0.0, 0.001, 0.1, 0.9])
-def test_a_truncated_file_is_named(broken, part):
-    file = broken / "model.safetensors"
+def test_a_truncated_file_is_named(copy, part):
+    file = copy / "model.safetensors"
     content = file.read_bytes()
     file.write_bytes(content[:int(part * len(content))])
     with pytest.raises(ValueError, match="safetensors") as error:
-        weights.load(str(broken))
+        weights.load(str(copy))
     assert str(file) in str(error.value)
 
 
-def test_missing_extra_and_misshapen_weights_are_all_listed(broken):
-    file = broken / "model.safetensors"
+def test_missing_extra_and_misshapen_weights_are_all_listed(copy):
+    file = copy / "model.safetensors"
     tensors = load_file(file)
     del tensors["model.norm.weight"], tensors["model.layers.2.mlp.up_proj.weight"]
     tensors["model.layers.3.mlp.up_proj.weight"] = jnp.zeros((32, 16))
@@ -101,7 +102,7 @@ def test_missing_extra_and_misshapen_weights_are_all_listed(broken):
     tensors["model.layers.0.mlp.down_proj.weight"] = tensors["model.layers.0.mlp.down_proj.weight"].T
     save_file(tensors, file)
     with pytest.raises(ValueError) as error:
-        weights.load(str(broken))
+        weights.load(str(copy))
     for part in (str(file), "missing model.norm.weight", "missing model.layers.2.mlp.up_proj.weight",
                  "extra model.layers.3.mlp.up_proj.weight",
                  "model.layers.1.self_attn.k_proj.weight is (32, 16), expected (16, 16)",
@@ -110,8 +111,8 @@ def test_missing_extra_and_misshapen_weights_are_all_listed(broken):
     assert str(error.value).count(";") == 4      # five problems, and nothing that is no problem
 
 
-def test_an_untied_config_with_tied_weights_misses_the_unembedding(broken):
-    config = json.loads((broken / "config.json").read_text())
-    (broken / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+def test_an_untied_config_with_tied_weights_misses_the_unembedding(copy):
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
     with pytest.raises(ValueError, match="missing lm_head.weight"):
-        weights.load(str(broken))
+        weights.load(str(copy))

@@ -1,0 +1,284 @@
+"""One update of a group of three members, recorded once: by hand, against its parts, and against solo updates."""
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from kl_reg import advantages, losses, rollout
+from kl_reg import config as configs
+from kl_reg.models import weights
+from kl_reg.training import program as programs
+from kl_reg.training import step
+from kl_reg.types import Episodes, Hyper, TrainState, Transcript
+
+ITERATIONS = 11
+
+
+class Group(NamedTuple):
+    """Three members that differ in coefficient, budget and learning rate, and six episodes of each."""
+
+    program: programs.Program
+    base: dict
+    params: dict
+    hyper: Hyper
+    episodes: Episodes
+    rewards: jax.Array
+
+
+@pytest.fixture(scope="module")
+def group(tiny_folder):
+    model = weights.load(str(tiny_folder))
+    params = model.params | {"embed": 3 * model.params["embed"],
+                             "layers": jax.tree.map(lambda x: x[:2], model.params["layers"])}
+    model = model._replace(config=dataclasses.replace(model.config, layers=2), params=params)
+    config = configs.default()
+    config.model.path, config.policy.layers, config.policy.hidden = str(tiny_folder), 2, 8
+    config.policy.spend_init, config.rl.epochs = 0.3, 1
+    config.env.opening, config.env.end, config.env.length, config.rl.episodes = "<|start|>A: hi\n", " ", 12, 6
+    config.kl.budget, config.rl.iterations, config.rl.entropy_coef, config.optim.warmup = 1.0, ITERATIONS, 0.01, 3
+    static, hyper, _ = configs.split(config)
+    program = programs.build(static, model)
+    compiled = programs.compile_program(program)
+    hyper = jax.tree.map(lambda x: jnp.broadcast_to(x, (3,)), hyper)._replace(
+        kl_coef=jnp.array([0.0, 0.1, 1.0]), kl_budget=jnp.array([1.0, 3.0, 10.0]),
+        learning_rate=jnp.array([0.01, 0.03, 0.1]))
+    state, rng = compiled.init(model.params, jnp.arange(3)), np.random.default_rng(0)
+    params = jax.tree.map(lambda x: jnp.float32(x + rng.normal(0, 0.3, x.shape)), jax.device_get(state.params))
+    episodes = compiled.sample(params, hyper, model.params, rollout.member_keys(state.seed, state.iteration),
+                               jnp.zeros(3, jnp.int32))
+    # the streams end at different places, as those of real episodes do
+    lengths = jnp.array([12, 3, 9, 1, 6, 12])[None, :, None]
+    mask = episodes.mask & (jnp.arange(12)[None, None] < lengths)
+    episodes = jax.tree.map(lambda x: x, episodes)._replace(mask=mask, **{
+        name: jnp.where(mask, getattr(episodes, name), 0) for name in Episodes._fields[5:]})
+    rewards = jnp.where(mask, jnp.float32(rng.normal(0, 1, mask.shape)), 0.0)
+    return Group(program, model.params, params, hyper, episodes, rewards)
+
+
+SUM = optax.GradientTransformation(lambda params: jax.tree.map(jnp.zeros_like, params), lambda grads, state, params: (
+    jax.tree.map(jnp.zeros_like, grads), jax.tree.map(jnp.add, state, grads)))
+"""Moves nothing and keeps the sum of the gradients it was given as its state."""
+
+SGD = optax.identity()
+
+
+def fresh(group, optimizer):
+    """A state of the three members; `update` donates it."""
+    params = jax.tree.map(jnp.copy, group.params)
+    return TrainState(params, jax.vmap(optimizer.init)(params), jnp.arange(3), jnp.zeros(3, jnp.int32))
+
+
+def member(tree, k):
+    return jax.tree.map(lambda x: x[k:k + 1], tree)
+
+
+def one(tree, k=1):
+    return jax.tree.map(lambda x: x[k], tree)
+
+
+def vector(tree):
+    return np.concatenate([np.asarray(x).ravel() for x in jax.tree.leaves(tree)])
+
+
+def assert_close(got, expected, part):
+    got, expected = vector(got), vector(expected)
+    np.testing.assert_allclose(got, expected, rtol=part, atol=part * np.abs(expected).max())
+
+
+def gradient(program, group, episodes=None, rewards=None, k=1):
+    """The sum of the gradients that one update of member k hands to its optimizer."""
+    episodes = one(group.episodes, k) if episodes is None else episodes
+    rewards = one(group.rewards, k) if rewards is None else rewards
+    update = jax.jit(partial(step.update, program._replace(optimizer=SUM)))
+    return update(one(fresh(group, SUM), k), one(group.hyper, k), group.base, episodes, rewards,
+                  episodes.mask.sum(-1).max())[0].opt_state
+
+
+@pytest.fixture(scope="module")
+def usual(group):
+    """The gradient of member 1."""
+    return gradient(group.program, group)
+
+
+# Members
+
+@pytest.mark.parametrize("name", ["sgd", "adam"])
+def test_a_member_of_a_group_is_updated_as_alone(group, name):
+    """Two updates on the same episodes. The change is compared, not the parameter; Adam amplifies rounding."""
+    optimizer, part = {"sgd": (SGD, 1e-4), "adam": (group.program.optimizer, 1e-2)}[name]
+    compiled = programs.compile_program(group.program._replace(optimizer=optimizer))
+
+    def twice(state, *rest):
+        for _ in range(2):
+            state, _ = compiled.update(state, *rest)
+        return state
+
+    together = twice(fresh(group, optimizer), group.hyper, group.base, group.episodes, group.rewards)
+    changes = jax.tree.map(jnp.subtract, together.params, group.params)
+    for k in range(3):
+        alone = twice(member(fresh(group, optimizer), k), member(group.hyper, k), group.base, member(group.episodes, k),
+                      member(group.rewards, k))
+        assert_close(member(together.params, k), alone.params, 1e-4)
+        assert_close(member(changes, k), jax.tree.map(jnp.subtract, alone.params, member(group.params, k)), part)
+        assert int(alone.iteration[0]) == 2 and int(alone.seed[0]) == k
+
+
+def test_each_hyper_parameter_reaches_its_member(group):
+    """On the same episodes and parameters, members with another setting get another update."""
+    same = jax.tree.map(lambda x: jnp.stack([x[1]] * 3), group._replace(program=(), base=()))
+    drift = jnp.float32(np.random.default_rng(0).normal(0, 0.2, (6, 12)))      # ratios other than 1, for the clip
+    episodes = same.episodes._replace(log_prob=same.episodes.log_prob + jnp.where(same.episodes.mask, drift[None], 0))
+    state = TrainState(same.params, jax.vmap(SGD.init)(same.params), jnp.arange(3), jnp.zeros(3, jnp.int32))
+    changed = {"kl_coef": 2.0, "learning_rate": 0.5, "clip": 0.01, "entropy_coef": 0.5, "value_coef": 5.0,
+               "discount": 0.5, "gae_lambda": 0.2}
+    program = group.program._replace(optimizer=SGD)
+    update = jax.jit(jax.vmap(partial(step.update, program), in_axes=(0, 0, None, 0, 0, None)))
+    for name, value in changed.items():
+        hyper = same.hyper._replace(**{name: getattr(same.hyper, name).at[1].set(value)})
+        params = update(state, hyper, group.base, episodes, same.rewards, jnp.int32(12))[0].params
+        np.testing.assert_allclose(vector(one(params, 0)), vector(one(params, 2)), rtol=1e-6)
+        assert np.abs(vector(one(params, 0)) - vector(one(params, 1))).max() > 1e-4, name
+
+
+# Invariance
+
+def test_padding_of_the_stream_changes_nothing(group, usual):
+    """Five more positions without a token, whatever their features say."""
+    episodes = one(group.episodes)
+    pad = lambda x, value=0: jnp.pad(x, [(0, 0), (0, 5)] + [(0, 0)] * (x.ndim - 2), constant_values=value)  # noqa: E731
+    longer = jax.tree.map(pad, episodes._replace(transcript=()))
+    longer = longer._replace(transcript=episodes.transcript, features=pad(episodes.features, 3.0))
+    assert_close(gradient(group.program, group, longer, pad(one(group.rewards))), usual, 1e-5)
+
+
+def test_order_of_episodes_changes_nothing(group, usual):
+    order = jnp.array([3, 0, 5, 1, 4, 2])
+    shuffled = jax.tree.map(lambda x: x[order], (one(group.episodes), one(group.rewards)))
+    assert_close(gradient(group.program, group, *shuffled), usual, 1e-5)
+
+
+def test_an_epoch_of_minibatches_sees_every_episode_once(group):
+    """With as many tokens in every episode, gradients of 3 minibatches add up to 3 times that of the whole."""
+    mask = jnp.broadcast_to(jnp.arange(12) < 1, (6, 12))
+    episodes, rewards = one(group.episodes)._replace(mask=mask), jnp.where(mask, one(group.rewards), 0.0)
+    whole = gradient(group.program, group, episodes, rewards)
+    parts = gradient(group.program._replace(epochs=2, minibatches=3), group, episodes, rewards)
+    assert_close(parts, jax.tree.map(lambda x: 2 * 3 * x, whole), 1e-4)
+
+
+# By hand
+
+def settings(kl_coef=0.0, learning_rate=1e-3):
+    return Hyper(*map(jnp.float32, (kl_coef, jnp.inf, learning_rate, 0.2, 0, 0, 1, 1)))
+
+
+def by_hand(estimator, placement, normalise=False):
+    """Advantages, returns and factor of one episode of three tokens, coefficient 2, behind it a padded position."""
+    program = SimpleNamespace(estimator=estimator, placement=placement, normalise=normalise,
+                              advantage=advantages.ADVANTAGES["monte_carlo"])
+    row = lambda *x: jnp.array([x], jnp.float32)  # noqa: E731
+    zero, whole = row(0, 0, 0, 0), jnp.zeros((1, 4), jnp.int32)
+    episodes = Episodes(Transcript(whole, whole, whole, jnp.zeros(1, jnp.int32)), (), whole, whole,
+                        jnp.array([[True, True, True, False]]), log_prob=zero, log_ratio=row(0.5, -0.1, 0.2, 0),
+                        kl=row(0.1, 0.2, 0.3, 0), entropy=zero, value=zero, spent_before=zero)
+    return step.targets(program, episodes, row(1, 2, 3, 0), settings(kl_coef=2.0))
+
+
+@pytest.mark.parametrize("estimator, placement, expected", [
+    ("exact", "full", [1 - 2 * 0.2 + 2 - 2 * 0.3 + 3, 2 - 2 * 0.3 + 3, 3]),       # r_t - c D_{t+1}
+    ("exact", "loss", [6, 5, 3]),
+    ("k1", "reward", [6 - 2 * 0.6, 5 - 2 * 0.1, 3 - 2 * 0.2])])                   # r_t - c L_t
+def test_penalty_in_the_reward(estimator, placement, expected):
+    advantage, returns, factor = by_hand(estimator, placement)
+    np.testing.assert_allclose(advantage[0], [*expected, 0], rtol=1e-6)
+    np.testing.assert_allclose(returns, advantage)
+    assert factor == 1.0
+
+
+def test_normalised_advantages_and_the_factor():
+    """Mean 0 and deviation 1 over the tokens that exist; the loss's KL is scaled as the reward's."""
+    plain, (advantage, returns, factor) = by_hand("exact", "full"), by_hand("exact", "full", True)
+    values = np.asarray(plain[0])[0, :3]
+    np.testing.assert_allclose(advantage[0, :3], (values - values.mean()) / values.std(), rtol=1e-4)
+    np.testing.assert_allclose(factor, 1 / values.std(), rtol=1e-4)
+    np.testing.assert_allclose(returns, plain[1])
+
+
+@pytest.mark.parametrize("iteration, part", [(0, 1 / 3), (1, 2 / 3), (2, 1.0), (6, 0.55), (10, 0.1), (11, 0.1)])
+def test_learning_rate_warms_up_and_decays(iteration, part):
+    program = SimpleNamespace(warmup=3, iterations=11, final=0.1)
+    rate = step.learning_rate(program, settings(learning_rate=0.02), jnp.int32(iteration))
+    np.testing.assert_allclose(rate, 0.02 * part, rtol=1e-5)
+
+
+@pytest.mark.parametrize("warmup, iterations, iteration, part", [(1, 5, 0, 1.0), (1, 5, 4, 0.1), (1, 1, 0, 1.0),
+                                                                (5, 5, 4, 1.0)])
+def test_learning_rate_of_short_runs(warmup, iterations, iteration, part):
+    program = SimpleNamespace(warmup=warmup, iterations=iterations, final=0.1)
+    rate = step.learning_rate(program, settings(learning_rate=1.0), jnp.int32(iteration))
+    np.testing.assert_allclose(rate, part, rtol=1e-5)
+
+
+def test_objective_at_the_recorded_parameters(group):
+    """The ratio is 1, so every term is a mean over tokens of what was recorded."""
+    episodes, hyper, rewards = one(group.episodes), one(group.hyper), one(group.rewards)
+    targets = step.targets(group.program, episodes, rewards, hyper)
+    objective = jax.jit(partial(step.objective, group.program))
+    total, parts = objective(one(group.params), group.base, episodes, targets, hyper, jnp.int32(12))
+    advantage, returns, factor = (np.asarray(x) for x in targets)
+    mask = np.asarray(episodes.mask)
+    assert 12 < mask.sum() < 60
+    mean = lambda x: np.asarray(x)[mask].mean()  # noqa: E731
+    expected = {"loss/policy": -mean(advantage), "loss/kl": factor * 0.1 * mean(episodes.kl),
+                "loss/value": 0.5 * 0.5 * mean((np.asarray(episodes.value) - returns) ** 2),
+                "loss/entropy": -0.01 * mean(episodes.entropy)}
+    for name, value in expected.items():
+        np.testing.assert_allclose(parts[name], value, rtol=1e-3, atol=1e-5, err_msg=name)
+    np.testing.assert_allclose(total, sum(expected.values()), rtol=1e-3)
+    assert parts["policy/clip_fraction"] == 0 and abs(parts["policy/old_kl/nats_per_token"]) < 1e-6
+
+
+def test_reinforce_is_the_score_weighted_with_the_return_to_go(group):
+    program = group.program._replace(loss=losses.LOSSES["reinforce"], advantage=advantages.ADVANTAGES["monte_carlo"],
+                                     normalise=False)
+    episodes, rewards, mask = one(group.episodes, 0), np.asarray(one(group.rewards, 0)), one(group.episodes.mask, 0)
+    hyper = one(group.hyper, 0)._replace(value_coef=jnp.float32(0), entropy_coef=jnp.float32(0))
+    to_go = np.zeros_like(rewards)
+    for e, t in np.argwhere(mask):
+        to_go[e, t] = rewards[e, t:].sum() - episodes.value[e, t]
+
+    @jax.jit
+    def weighted(params):
+        scores = step.score(program, params, group.base, episodes, hyper, jnp.int32(12))
+        return -(to_go * scores.log_prob).sum() / mask.sum()
+
+    expected = jax.grad(weighted)(one(group.params, 0))
+    got = gradient(program, group._replace(hyper=jax.tree.map(lambda x: x[None], hyper)), k=0)
+    assert_close(got, expected, 1e-4)
+
+
+def test_update_moves_against_the_gradient_at_the_scheduled_rate(group, usual):
+    """One epoch of plain gradient descent; iteration 0 of a warm-up of three."""
+    program = group.program._replace(optimizer=SGD)
+    state, metrics = jax.jit(partial(step.update, program))(
+        one(fresh(group, SGD)), one(group.hyper), group.base, one(group.episodes), one(group.rewards), jnp.int32(12))
+    np.testing.assert_allclose(metrics["optim/learning_rate"], 0.03 / 3, rtol=1e-6)
+    expected = jax.tree.map(lambda g: -0.01 * g, usual)
+    assert_close(jax.tree.map(jnp.subtract, state.params, one(group.params)), expected, 1e-3)
+    np.testing.assert_allclose(metrics["optim/grad_norm"], np.linalg.norm(vector(usual)), rtol=1e-4)
+    assert int(state.iteration) == 1
+
+
+def test_explained_variance_by_hand():
+    values, returns = jnp.array([[1.0, 2.0, 9.0]]), jnp.array([[2.0, 4.0, 7.0]])
+    mask = jnp.array([[True, True, False]])
+    np.testing.assert_allclose(step._explained(values, returns, mask), 1 - 0.25 / 1.0)
+    np.testing.assert_allclose(step._explained(returns, returns, mask), 1.0)
