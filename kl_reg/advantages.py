@@ -16,9 +16,9 @@ ADVANTAGES = Registry("rl.advantage")
 
 def gae(rewards: Float[Array, " k"], values: Float[Array, " k"], mask: Bool[Array, " k"], discount: Float[Array, ""],
         gae_lambda: Float[Array, ""]) -> tuple[Float[Array, " k"], Float[Array, " k"]]:
-    r"""Generalised advantage estimation: A_t = \sum_l (\gamma\lambda)^l \delta_{t+l}, \delta_t = r_t + \gamma V_{t+1} - V_t.
+    r"""Generalised advantage estimation: A_t = \sum_l (\gamma\lambda)^l \delta_{t+l}.
 
-    Returns are A + V. Source: Schulman et al. (2016).
+    \delta_t = r_t + \gamma V_{t+1} - V_t. Returns are A + V. Source: Schulman et al. (2016).
     """
     values = jnp.where(mask, values, 0.0)
     delta = jnp.where(mask, rewards + discount * jnp.append(values[1:], 0.0) - values, 0.0)
@@ -47,7 +47,8 @@ ADVANTAGES.register("gae", gae)
 ADVANTAGES.register("monte_carlo", monte_carlo)
 
 
-def normalise(advantages: Float[Array, "b k"], mask: Bool[Array, "b k"]) -> tuple[Float[Array, "b k"], Float[Array, ""]]:
+def normalise(advantages: Float[Array, "b k"], mask: Bool[Array, "b k"]
+              ) -> tuple[Float[Array, "b k"], Float[Array, ""]]:
     """Zero mean and unit deviation over all agent tokens, and the factor 1 / deviation.
 
     A KL term in the loss must be multiplied by the same factor, or it changes its price.

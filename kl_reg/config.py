@@ -189,7 +189,8 @@ def validate(config: ConfigDict) -> None:
 
 def _validate_member(config):
     values = flat(config)
-    for key in values.keys() & {*_AT_LEAST_ONE, *_NOT_NEGATIVE, *_PARTS} | ({"kl.budget"} if config.kl.budget else set()):
+    given = () if config.kl.budget is None else ("kl.budget",)
+    for key in (*_AT_LEAST_ONE, *_NOT_NEGATIVE, *_PARTS, *given):
         value, low = values[key], 1 if key in _AT_LEAST_ONE else 0
         if not math.isfinite(value) or value < low:
             raise ValueError(f"{key}={value!r} must be a number of at least {low}")
@@ -198,7 +199,8 @@ def _validate_member(config):
     if not 0 < config.policy.spend_init < 1:
         raise ValueError(f"policy.spend_init={config.policy.spend_init!r} must lie strictly between 0 and 1")
     if config.rl.episodes % config.rl.minibatches:
-        raise ValueError(f"rl.episodes={config.rl.episodes} must be a multiple of rl.minibatches={config.rl.minibatches}")
+        raise ValueError(f"rl.episodes={config.rl.episodes} must be a multiple of "
+                         f"rl.minibatches={config.rl.minibatches}")
     estimators.check(config.kl.estimator, config.kl.placement)
     for registry, name in ((policy.POLICIES, config.policy.kind), (losses.LOSSES, config.rl.loss),
                            (advantages.ADVANTAGES, config.rl.advantage), (envs.ENVIRONMENTS, config.env.name),

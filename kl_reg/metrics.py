@@ -15,7 +15,7 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 
 class Bar:
-    """A progress bar with rate, time left and the latest values; plain lines now and then where there is no terminal."""
+    """A progress bar with rate, time left and latest values; plain lines now and then where there is no terminal."""
 
     def __init__(self, progress: Progress, task, total: int, done: int):
         self.progress, self.task, self.total, self.done = progress, task, total, done

@@ -8,7 +8,6 @@ from ml_collections import config_flags
 from rich.console import Console
 from rich.table import Table
 
-
 flags.disclaim_key_flags()     # --help of a command lists them as its own
 
 

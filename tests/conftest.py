@@ -33,7 +33,7 @@ def tiny_shapes():
 
 @pytest.fixture(scope="session")
 def tiny_params(tiny_shapes):
-    """Random parameters, scaled up so that the next-token distribution is far from uniform."""
+    """Random parameters, scaled up from their initial size."""
     return jax.tree.map(lambda x: 4 * x if x.ndim > 1 else x, decoder.init(tiny_shapes, jax.random.key(0)))
 
 
@@ -48,7 +48,7 @@ def tiny_tokenizer():
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory, tiny_shapes, tiny_params, tiny_tokenizer):
-    """A model folder of that model and that tokenizer; the model likes to end its turns, so that replies get finished."""
+    """That model and that tokenizer as a folder; the model likes to end its turns, so that replies get finished."""
     folder = tmp_path_factory.mktemp("tiny")
     (end,) = tokenizer.encode(tiny_tokenizer, chitchat.END)
     weights.save(folder, tiny_shapes, tiny_params | {"embed": tiny_params["embed"].at[end].multiply(8.0)})

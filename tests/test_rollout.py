@@ -114,15 +114,13 @@ def perturb(params, size, seed=0):
 
 
 @pytest.fixture(scope="module")
-def case(tiny_folder, tiny_tokenizer):
+def case(tiny_folder):
     """A function (kind, constrained) -> Case; every one is compiled and sampled once.
 
-    The model has two layers, which compile faster; its next token is made surer, and the end of a turn likely, so that
-    several turns fit into an episode.
+    The model has two layers, which compile faster, and its next token is made surer.
     """
     model = weights.load(str(tiny_folder))
-    end = tiny_tokenizer.encode(END, add_special_tokens=False).ids[0]
-    params = model.params | {"embed": (3 * model.params["embed"]).at[end].mul(3),
+    params = model.params | {"embed": 3 * model.params["embed"],
                              "layers": jax.tree.map(lambda x: x[:2], model.params["layers"])}
     model = model._replace(config=dataclasses.replace(model.config, layers=2), params=params)
 

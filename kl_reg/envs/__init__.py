@@ -1,4 +1,4 @@
-"""Environments by name: builders (config.env, tokenizer) -> an environment of three pure functions and a host reader."""
+"""Environments by name: builders (config.env, tokenizer) -> an environment of pure functions and a host reader."""
 from kl_reg.envs.teacher_student import teacher_student
 from kl_reg.registry import Registry
 

@@ -95,7 +95,7 @@ def teacher_student(config: ConfigDict, tokenizer: Tokenizer) -> Environment:
         recent = jnp.append(state.recent[1:], token.astype(jnp.int32))
         matches = [jnp.all((marker < 0) | (marker == recent)) & (length >= len(ids))
                    for marker, ids in zip(ends, terminators, strict=True)]
-        over = ~was_forced & jnp.where(state.speaker == 0, *matches)
+        over = jnp.where(state.speaker == 0, *matches)
         queue = jnp.where(over, jnp.where(state.speaker == 0, *map(len, prefixes)), jnp.maximum(state.queue - 1, 0))
         return EnvState(jnp.where(over, 1 - state.speaker, state.speaker), queue, state.turn + over,
                         jnp.where(over, 0, length), recent)
@@ -118,6 +118,9 @@ def _openings(config, tokenizer, teacher):
     if config.openings == "fixed":
         texts = [config.opening]
     elif config.openings == "held_out":
+        if config.opening_turns % 2:
+            raise ValueError(f"env.opening_turns={config.opening_turns} must be even: the agent writes after "
+                             "the student")
         texts = [config.opening + "".join(_lines(config, json.loads(line)["turns"]))
                  for line in (EMBEDDED / "held_out.jsonl").read_text().splitlines()]
     else:
@@ -132,7 +135,8 @@ def _openings(config, tokenizer, teacher):
 
 
 def _lines(config, turns):
-    for i, turn in enumerate(turns[:config.opening_turns]):
+    count = min(config.opening_turns, len(turns)) // 2 * 2       # the student has the last word, then the agent begins
+    for i, turn in enumerate(turns[:count]):
         yield (config.teacher, config.student)[i % 2] + (" " + turn if turn else "") + config.end
 
 

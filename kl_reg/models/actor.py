@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 
 class Situation(NamedTuple):
-    """What the agent knows beside the transcript: nats left and in all of its budget, and the part of the episode gone."""
+    """What the agent knows beside the transcript: nats left, its whole budget, and the part of the episode gone."""
 
     remaining: Float[Array, ...]
     budget: Float[Array, ...]

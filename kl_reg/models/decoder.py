@@ -67,7 +67,7 @@ class Block(nn.Module):
 
 
 class Hidden(NamedTuple):
-    """Activations of a decoder: `last` [b, t, d] after the final norm, `features` [b, t, n * d] of the last n layers."""
+    """Activations: `last` [b, t, d] after the final norm, `features` [b, t, n * d] of the last n layers."""
 
     last: jax.Array
     features: jax.Array

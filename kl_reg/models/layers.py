@@ -1,4 +1,4 @@
-"""Building blocks of the decoder. Shapes: b batch, t query time, s key time, d model, h heads, k kv-heads, f head width."""
+"""Building blocks of the decoder. Axes: b batch, t query, s key, d model, h heads, k kv-heads, f head width."""
 from __future__ import annotations
 
 from typing import Any

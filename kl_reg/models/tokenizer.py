@@ -26,7 +26,7 @@ def decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
 
 
 def pieces(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
-    """What each token adds to the text; they concatenate to it, and a character split over tokens comes with its last."""
+    """What each token adds to the text; together the text. A character split over tokens comes with its last."""
     texts, done = [], ""
     for end in range(1, len(ids) + 1):
         text = decode(tokenizer, ids[:end])

@@ -42,11 +42,17 @@ def model_folder(path: str) -> pathlib.Path:
 
 def load_config(path: str, dtype: str = "float32") -> DecoderConfig:
     """Shapes of the model in `path`, without its weights."""
-    hf = json.loads((model_folder(path) / "config.json").read_text())
-    family = hf.get("model_type")
-    if family not in FAMILIES:
-        raise ValueError(f"model.path={path!r}: model_type {family!r} is not supported; known: {sorted(FAMILIES)}")
-    return dataclasses.replace(FAMILIES[family].config(hf), dtype=dtype)
+    file = model_folder(path) / "config.json"
+    try:
+        hf = json.loads(file.read_text())
+        family = hf["model_type"]
+        if family not in FAMILIES:
+            raise ValueError(f"{file}: model_type {family!r} is not supported; known: {sorted(FAMILIES)}")
+        return dataclasses.replace(FAMILIES[family].config(hf), dtype=dtype)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is no JSON: {error}") from None
+    except KeyError as error:
+        raise ValueError(f"{file} lacks {error}") from None
 
 
 def load(path: str, dtype: str = "float32") -> Model:
@@ -101,7 +107,8 @@ def _expected(config):
 
 def _check_keys(file, have, expected):
     problems = [f"missing {key}" for key in expected if key not in have]
-    problems += [f"extra {key}" for key in have if key not in expected]
+    # Some checkpoints store the tied unembedding a second time.
+    problems += [f"extra {key}" for key in have if key not in expected and key != "lm_head.weight"]
     problems += [f"{key} is {have[key]}, expected {shape}" for key, shape in expected.items()
                  if key in have and have[key] != shape]
     if problems:

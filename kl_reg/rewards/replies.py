@@ -25,8 +25,8 @@ def score_replies(reward_fn: Callable, replies: Sequence[Reply]) -> np.ndarray:
     chosen = [replies[i] for i in scored]
     name = f"reward function {getattr(reward_fn, '__name__', reward_fn)!r}"
     try:
-        values = reward_fn(prompts=[r.prompt for r in chosen], completions=[r.text for r in chosen],
-                           completion_ids=[r.ids for r in chosen])
+        values = list(reward_fn(prompts=[r.prompt for r in chosen], completions=[r.text for r in chosen],
+                                completion_ids=[r.ids for r in chosen]))
     except Exception as error:
         raise ValueError(f"{name} raised {type(error).__name__}: {error}") from error
     if len(values) != len(chosen):

@@ -42,7 +42,8 @@ def test_delete_needs_the_typed_name(gcloud):
     assert done.returncode == 0 and calls == ["compute tpus tpu-vm delete mine --quiet --zone=us-x1-a"]
 
 
-@pytest.mark.parametrize("arguments", [("create", "mine", "z"), ("run", "mine", "z"), ("fly", "mine", "z"), ("status",)])
+@pytest.mark.parametrize("arguments", [("create", "mine", "z"), ("run", "mine", "z"), ("fly", "mine", "z"),
+                                       ("status",)])
 def test_a_wrong_call_says_so(gcloud, arguments):
     done, calls = gcloud(*arguments)
     assert done.returncode == 2 and done.stderr and calls == []

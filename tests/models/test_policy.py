@@ -81,7 +81,7 @@ def test_the_sampler_and_the_scorer_agree_on_a_moved_policy(setup):
     for name in ("kl", "entropy", "value"):
         new, recorded = getattr(scores, name), getattr(episodes, name)
         np.testing.assert_allclose(new, recorded, atol=1e-4, err_msg=name)
-        assert np.abs(recorded).max() > 1e-3
+        assert np.asarray(recorded[0])[episodes.mask[0]].std() > 1e-3               # and it depends on what was said
 
 
 def test_the_first_value_is_zero_and_the_first_spend_is_as_configured(setup):
