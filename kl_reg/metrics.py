@@ -1,6 +1,7 @@
 """What a run tells: a progress bar, JSON lines and TensorBoard scalars."""
 from __future__ import annotations
 
+import collections
 import contextlib
 import json
 import pathlib
@@ -19,24 +20,24 @@ class Bar:
 
     def __init__(self, progress: Progress, task, total: int, done: int):
         self.progress, self.task, self.total, self.done = progress, task, total, done
-        self.began, self.first, self.told = time.monotonic(), done, time.monotonic()
+        self.times, self.told = collections.deque([time.monotonic()], maxlen=21), time.monotonic()
 
     def step(self, **values):
         """One step further; values are shown when the display is refreshed (and only then fetched from the device)."""
         self.done += 1
         now = time.monotonic()
-        rate = (self.done - self.first) / (now - self.began)
+        self.times.append(now)
+        seconds = (now - self.times[0]) / (len(self.times) - 1)     # of late: the first step compiles
         live = self.progress.console.is_terminal
         due = now - self.told > (0.5 if live else 30) or self.done == self.total
         text = ""
         if due:
             self.told = now
-            text = "  ".join(f"{k} {float(v):.3f}" for k, v in values.items()) + f"  {1 / rate:.2f} s/it"
+            text = "  ".join(f"{k} {float(v):.3f}" for k, v in values.items()) + f"  {seconds:.2f} s/it"
             self.progress.update(self.task, values=text)
         self.progress.update(self.task, completed=self.done)
         if due and not live:
-            left = (self.total - self.done) / rate
-            self.log(f"{self.done}/{self.total}  {text}  {left:.0f} s left")
+            self.log(f"{self.done}/{self.total}  {text}  {(self.total - self.done) * seconds:.0f} s left")
 
     def log(self, text: str):
         """A line above the bar."""

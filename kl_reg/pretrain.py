@@ -1,6 +1,7 @@
 """Next-token prediction on human conversation: makes the embedded base model."""
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import pathlib
 import platform
@@ -80,6 +81,8 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> pathlib.Path:
     tok.save(str(output / "tokenizer.json"))
     with open(output / "held_out.jsonl", "w") as file:
         file.writelines(json.dumps(c._asdict(), ensure_ascii=False) + "\n" for c in held_out)
+    licence = importlib.metadata.distribution("chitchat-dataset").read_text("LICENSE")
+    (output / "held_out.LICENSE").write_text(licence)
     _write_card(config, output, held_out, len(documents), sum(map(len, documents)), float(state.seconds), counts)
     return output
 

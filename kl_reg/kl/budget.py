@@ -1,9 +1,11 @@
 r"""The hard KL budget: a policy that is *constructed* to stay inside a number of nats per episode.
 
 At each agent token the base distribution is tilted towards the proposal, pi_alpha ∝ beta exp(alpha g) with
-g = proposal logits - base logits, by the largest alpha in [0, 1] with D(pi_alpha || beta) <= allowance. The allowance
-is a fraction of what is left of the budget, and the exact D is charged. Source: the paper's "hard KL budget" (section on
-the experiment), whose differentiable operation is given here: D is increasing in alpha, D'(alpha) = alpha Var_pi(g).
+g = proposal logits - base logits, by the largest alpha in [0, 1] with D(pi_alpha || beta) <= allowance. The
+allowance is a fraction of what is left of the budget, and the exact D is charged.
+
+D is increasing in alpha, D'(alpha) = alpha Var_pi(g). Source: Cohen et al. (2024) for the budget, whose paper does not
+say how the distribution is moved; the tilt is ours.
 """
 from __future__ import annotations
 
@@ -19,9 +21,9 @@ _NUDGE = 4e-6          # aim that much short of the root, so that the point is f
 
 
 def tilt(gap: Float[Array, " v"], allowance: Float[Array, ""], log_base: Float[Array, " v"]) -> Float[Array, ""]:
-    """The strength alpha in [0, 1] of the tilt; its derivative in `gap` and `allowance` is that of the implicit function.
+    """The strength alpha in [0, 1] of the tilt; differentiable in `gap` and `allowance` (implicit function theorem).
 
-    Zero where no alpha > 0 is feasible, one where the proposal itself is affordable; there, and at an allowance of zero,
+    Zero where no alpha > 0 is feasible, one where the proposal itself is affordable; there, and without an allowance,
     the derivative is zero.
 
     Args:
