@@ -1,4 +1,4 @@
-"""KL coefficient against a hard KL budget on the embedded model.
+"""KL coefficients against hard KL budgets on the embedded model.
 
     python -m launch.sweep --config=configs/quickstart.py --workdir=runs/quickstart
 """
@@ -8,7 +8,12 @@ from kl_reg.config import default
 def get_config():
     config = default()
     config.env.opening = "<|start|>A: Hi, how are you?\nB: I am good, how about you?\n"
-    config.rl.iterations = 50
+    # At 1e-3 the policy without a penalty is deterministic after 40 iterations and the budgets buy less reward: the
+    # first iterations look better there, the last do not.
+    config.optim.learning_rate = 5e-4
+    # Penalised runs have settled after about 30 iterations, budgets are spent in full after about 40.
+    config.rl.iterations = 60
+    # From no price to one (0.3 reward per nat) that leaves little to gain, in log-even steps; the paper's two budgets.
     config.sweep = [{"kl.coef": (0.0, 0.01, 0.03, 0.1, 0.3), "seed": (0, 1)},
-                    {"kl.budget": (10.0,), "seed": (0, 1)}]
+                    {"kl.budget": (10.0, 20.0), "seed": (0, 1)}]
     return config

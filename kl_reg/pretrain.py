@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import pathlib
 import platform
 import time
@@ -158,7 +159,7 @@ def _write_card(config, output, held_out, documents, tokens, seconds, counts):
         "human_empty_turns": sum(not turn for c in held_out for turn in c.turns),
         "nats_per_token": nats, "bits_per_character": nats / np.log(2) / chars, "characters_per_token": chars,
         "steps": config.steps, "tokens_seen": config.steps * config.rows * config.context,
-        "minutes": seconds / 60, "machine": f"{platform.processor() or platform.machine()}, {jax.device_count()} x "
+        "minutes": seconds / 60, "machine": f"{os.cpu_count()} cores ({platform.machine()}), {jax.device_count()} x "
         f"{jax.devices()[0].device_kind}", "price_of_silence_nats": [round(float(x), 3) for x in silence]}
     (output / "card.json").write_text(json.dumps(card, indent=2) + "\n")
     (output / "README.md").write_text(_card_text(card))
@@ -168,7 +169,7 @@ def _card_text(card):
     price = card["price_of_silence_nats"]
     cheaper = price[-1] < 0.5 * price[0]
     verdict = ("It gets cheaper with repetition: the model continues the pattern." if cheaper else
-               "It does not get much cheaper with repetition: this model is too weak to continue the pattern, so it "
+               "It does not get much cheaper with repetition: this model is too weak to continue the pattern, so it\n"
                "cannot show the paper's cheap silence.")
     return f"""# The embedded base model
 
@@ -191,8 +192,8 @@ for experiments on KL-regularised RL, and of no use as a chat model.
 | licence | {card['licence']} |
 
 ## The price of silence
--log beta of an empty turn of A, turn after turn, in nats (mean over 256 transcripts from
-held-out openings of two turns; B answers by sampling from the model):
+-log beta of an empty turn of A, turn after turn, in nats (mean over 256 transcripts from held-out openings of two
+turns; B answers by sampling from the model):
 
 {' '.join(f'{x:.2f}' for x in price)}
 

@@ -139,7 +139,7 @@ def _page(sweep: Sweep, folder: pathlib.Path) -> str:
                  _image(figures.draw_empty_turns(bars, folder / "empty_turns.png"),
                        "Empty turns") + _empty_table(sweep, groups)),
         _section("Every run", "Final evaluation, ± 1 standard error: over episodes for a run, over seeds for a mean. "
-                 "KL is to the base, in nats. Best: the iteration, its return and KL.",
+                 "KL is to the base, in nats. Best: the training iterate with the highest return minus coefficient times KL (means over five iterations).",
                  _members_table(sweep, groups)),
         _section("Transcripts", f"The first {SHOWN_EPISODES} evaluation episodes of the base and of the first seed of "
                  "each setting: the same indices for all, not selected. Hover over a token for its cost.",

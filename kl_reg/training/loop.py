@@ -21,6 +21,8 @@ from kl_reg.rewards.replies import credit, score_replies
 from kl_reg.training import sweep
 from kl_reg.types import Episodes
 
+_WINDOW = 5      # iterations that the best iterate is a mean over
+
 
 class Result(NamedTuple):
     """`summary` as in summary.json; `params` of each member, in the sweep's order; the paths of what was written."""
@@ -96,11 +98,12 @@ def _iterate(config, groups, states, base, reward_fn, workdir, saved):
 
 def _iteration(group, state, base, reward_fn):
     """Rollout, reward and update of one group; its new state, and metrics by member."""
-    keys = rollout.member_keys(state.seed, state.iteration)
-    episodes = group.run.sample(state.params, group.hyper, base, keys, jnp.zeros(len(keys), jnp.int32))
-    rows, stream = _judge(group, episodes, reward_fn)
-    state, parts = group.run.update(state, group.hyper, base, episodes, jax.device_put(stream))
-    parts = jax.device_get(parts)
+    keys, first = rollout.member_keys(state.seed, state.iteration), jnp.zeros(len(group.members), jnp.int32)
+    with jax.transfer_guard("disallow"):        # what moves between host and device is said here
+        episodes = group.run.sample(state.params, group.hyper, base, keys, first)
+        rows, stream = _judge(group, episodes, reward_fn)
+        state, parts = group.run.update(state, group.hyper, base, episodes, jax.device_put(stream))
+        parts = jax.device_get(parts)
     for i, row in enumerate(rows):
         row.update({name: float(value[i]) for name, value in parts.items()})
         bad = [name for name, value in row.items() if value is not None and not np.isfinite(value)]
@@ -186,7 +189,11 @@ def _final(group, episodes, reward_fn, folder):
 
 
 def _best(folder, coef):
-    """The training iteration with the highest return minus coefficient times KL."""
+    """The training iteration with the highest return minus coefficient times KL, each a mean over _WINDOW iterations
+    up to it: the best of many noisy batches alone would be the luckiest."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    best = max(lines, key=lambda row: row["return"] - coef * row["kl/nats_per_episode"])
-    return {name: best[name] for name in ("iteration", "return", "kl/nats_per_episode")}
+    window = np.ones(min(_WINDOW, len(lines))) / min(_WINDOW, len(lines))
+    curves = {name: np.convolve([row[name] for row in lines], window, "valid")
+              for name in ("iteration", "return", "kl/nats_per_episode")}
+    at = int(np.argmax(curves["return"] - coef * curves["kl/nats_per_episode"]))
+    return {**{name: float(curve[at]) for name, curve in curves.items()}, "iteration": at + len(window) - 1}
