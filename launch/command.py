@@ -52,15 +52,12 @@ def run(argv, config, workdir: str) -> None:
 
 
 def _print_table(summary):
-    columns = {"return": "return", "kl/nats_per_episode": "KL, nats/episode", "teacher/silent_rate": "teacher silent",
-               "student/silent_rate": "student silent"}
     hyper = list(summary[-1]["hyper"])
-    table = Table("member", *hyper, *columns.values())
+    table = Table("member", *hyper, "return", "KL, nats/episode", "teacher silent", "student silent")
     for row in summary:
-        table.add_row(str(row["member"]), *(str(row["hyper"].get(key, "")) for key in hyper),
-                      *(_measured(row["final"], name) for name in columns))
+        final = row["final"]
+        measured = [f"{final[name]:.2f} ± {final[f'{name}_se'] or 0:.2f}" for name in ("return", "kl/nats_per_episode")]
+        silent = [final[f"{who}/silent_rate"] for who in ("teacher", "student")]
+        table.add_row(str(row["member"]), *(str(row["hyper"].get(key, "")) for key in hyper), *measured,
+                      *("–" if rate is None else f"{rate:.1%}" for rate in silent))
     Console(width=max(100, Console().width)).print(table)
-
-
-def _measured(final, name):
-    return "–" if final[name] is None else f"{final[name]:.3f} ± {final[f'{name}_se'] or 0:.3f}"

@@ -149,7 +149,7 @@ def draw_training(settings: Sequence[Setting], curves: dict[int, list[dict]], pa
             if key == "kl/nats_per_episode":
                 axes.set_ylim(bottom=0)
             if key == "student/silent_rate":
-                axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0, decimals=0))
+                axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
         for axes in panels[1]:
             axes.set_xlabel("iteration")
         _legend(figure, [(s.label, look) for s, look in zip(settings, looks(settings), strict=True)])
@@ -202,7 +202,7 @@ def draw_empty_turns(rows: Sequence[tuple[str, object, dict[str, list[tuple[floa
                 axes.annotate(f"{mean:.1%}", ((runs.sum(1)).max(), i), (5, 0), textcoords="offset points", va="center",
                               fontsize=8.5)
             axes.set(title=f"{who} turns that are empty")
-            axes.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0, decimals=0))
+            axes.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
             axes.grid(axis="y", visible=False)
             axes.margins(x=0.16)
         panels[0].set_yticks(range(len(rows)), [name for name, _, _ in rows])

@@ -139,7 +139,8 @@ def _page(sweep: Sweep, folder: pathlib.Path) -> str:
                  _image(figures.draw_empty_turns(bars, folder / "empty_turns.png"),
                        "Empty turns") + _empty_table(sweep, groups)),
         _section("Every run", "Final evaluation, ± 1 standard error: over episodes for a run, over seeds for a mean. "
-                 "KL is to the base, in nats. Best: the training iterate with the highest return minus coefficient times KL (means over five iterations).",
+                 "KL is to the base, in nats. Best: the training iterate with the highest return minus coefficient "
+                 "times KL (means over five iterations).",
                  _members_table(sweep, groups)),
         _section("Transcripts", f"The first {SHOWN_EPISODES} evaluation episodes of the base and of the first seed of "
                  "each setting: the same indices for all, not selected. Hover over a token for its cost.",
@@ -185,14 +186,11 @@ def _count(n, noun):
 
 
 def _glance(sweep, points, parts):
-    """Three facts, computed: what was gained at what cost, when it was paid, and what it did to the student."""
+    """Computed facts: what was gained at what cost, when it was paid, and what it did to both speakers."""
     base = _base(sweep)["final"]
     best = max(points, key=lambda p: p.reward)
     early = [(stats.share_spent_early(part.cumulative), p.setting.label) for p, part in zip(points, parts, strict=True)]
     early = sorted(pair for pair in early if np.isfinite(pair[0]))
-    silent = [(float(stats.mean_and_error(stats.silent_rates(p.setting.members)["student"])[0][0]), p.setting.label)
-              for p in points]
-    silent = [pair for pair in silent if np.isfinite(pair[0])]
     before = stats.show(stats.number(base["return"]), stats.number(base["return_se"]))
     facts = [f"Return: base {before} → <b>{best.reward:.2f}</b> at "
              f"<b>{_text(best.setting.label)}</b>, for {best.kl:.2f} nats per episode."]
@@ -200,10 +198,14 @@ def _glance(sweep, points, parts):
         facts.append(f"Paid early: the first quarter of an episode's positions carries <b>{early[0][0]:.0%}</b> "
                      f"({_text(early[0][1])}) to <b>{early[-1][0]:.0%}</b> ({_text(early[-1][1])}) of its KL; 25 % "
                      "would be an even spread.")
-    if silent:
-        before = stats.show_percent(*stats.silent_rates([_base(sweep)])["student"][0])
-        facts.append(f"Empty student turns: base {before} → up to <b>{max(silent)[0]:.1%}</b> "
-                     f"({_text(max(silent)[1])}).")
+    for who in ("teacher", "student"):
+        silent = [(float(stats.mean_and_error(stats.silent_rates(p.setting.members)[who])[0][0]), p.setting.label)
+                  for p in points]
+        silent = [pair for pair in silent if np.isfinite(pair[0])]
+        if silent:
+            before = stats.show_percent(*stats.silent_rates([_base(sweep)])[who][0])
+            facts.append(f"Empty {who} turns: base {before} → up to <b>{max(silent)[0]:.1%}</b> "
+                         f"({_text(max(silent)[1])}).")
     return f"<ul class=glance>{''.join(f'<li>{fact}</li>' for fact in facts)}</ul>"
 
 
