@@ -21,6 +21,8 @@ HYPER = {"kl.coef": "kl_coef", "kl.budget": "kl_budget", "optim.learning_rate": 
 """Settings that members of one program may differ in, and their names in `Hyper`."""
 
 _RUN_ONLY = ("sweep", "checkpoint", "log")     # settings that change no number of a result
+_SHARED = ("sweep", "model", "env", "reward", "evaluation", "checkpoint", "log", "rl.iterations")
+"""Settings that all members of a sweep share: they have one base model, one task and one evaluation."""
 
 
 def default() -> ConfigDict:
@@ -158,10 +160,14 @@ def split(config: ConfigDict) -> tuple[Static, Hyper, int]:
     return Static(json.dumps(nested, sort_keys=True), constrained), hyper, config.seed
 
 
-def fingerprint(config: ConfigDict) -> str:
-    """Twelve hexadecimal digits of everything that changes a result (so not of logging or checkpoint settings)."""
+def fingerprint(config: ConfigDict, *inputs: str) -> str:
+    """Twelve hexadecimal digits of everything that changes a result (so not of logging or checkpoint settings).
+
+    Args:
+        inputs: digests of what the settings only name: the model's weights, a reward function.
+    """
     kept = {key: value for key, value in flat(config).items() if key.split(".")[0] not in _RUN_ONLY}
-    kept["members"] = members(config)
+    kept["members"], kept["inputs"] = members(config), inputs
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -184,6 +190,10 @@ def validate(config: ConfigDict) -> None:
         raise ValueError(f"config: unknown settings {sorted(unknown)}, missing settings {sorted(missing)}; "
                          "start from kl_reg.config.default()")
     for member in members(config):
+        shared = [key for key in member if key.startswith(_SHARED)]
+        if shared:
+            raise ValueError(f"sweep: {', '.join(shared)} cannot differ between members, which share one base model, "
+                             "task and evaluation; launch one sweep for each value")
         _validate_member(override(config, member))
 
 
@@ -196,6 +206,16 @@ def _validate_member(config):
             raise ValueError(f"{key}={value!r} must be a number of at least {low}")
         if key in _PARTS and value > 1:
             raise ValueError(f"{key}={value!r} must be at most 1")
+    if config.seed >= 2**31:
+        raise ValueError(f"seed={config.seed} must be less than 2**31")
+    if config.model.dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"model.dtype={config.model.dtype!r}: choose 'float32' or 'bfloat16'")
+    if config.policy.kind == "full" and config.model.dtype != "float32":
+        raise ValueError("policy.kind='full' with model.dtype='bfloat16': updates are smaller than a weight's "
+                         "resolution; use model.dtype='float32'")
+    if config.kl.placement == "full" and config.rl.discount != 1:
+        raise ValueError(f"kl.placement='full' with rl.discount={config.rl.discount}: its two halves would be "
+                         "discounted differently; use rl.discount=1.0, or estimator='k1' with placement='reward'")
     if not 0 < config.policy.spend_init < 1:
         raise ValueError(f"policy.spend_init={config.policy.spend_init!r} must lie strictly between 0 and 1")
     if config.rl.episodes % config.rl.minibatches:

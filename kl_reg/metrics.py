@@ -9,7 +9,7 @@ import time
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.hparams import summary_v2
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
@@ -64,16 +64,17 @@ class MemberLog:
         file = folder / "metrics.jsonl"
         lines = file.read_text().splitlines(keepends=True)[:iteration] if file.exists() else []
         file.write_text("".join(lines))
-        self.history = [json.loads(line) for line in lines]
         self._file = open(file, "a")  # noqa: SIM115 - closed by close()
         self._events = EventFileWriter(str(folder / "tensorboard")) if tensorboard else None
-        if tensorboard and not iteration:
+        if tensorboard and iteration:       # readers drop what an interrupted run wrote from here on
+            self._events.add_event(Event(wall_time=time.time(), step=iteration,
+                                         session_log=SessionLog(status=SessionLog.START)))
+        elif tensorboard:
             shown = {key: "none" if value is None else value for key, value in hyper.items()}
             self._add(summary_v2.hparams_pb(shown), 0)
 
     def write(self, row: dict) -> None:
         """One iteration's metrics; None where a metric has no value."""
-        self.history.append(row)
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
         if self._events:

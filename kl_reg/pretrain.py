@@ -1,6 +1,7 @@
 """Next-token prediction on human conversation: makes the embedded base model."""
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -17,9 +18,11 @@ import optax
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
-from kl_reg import chitchat
+from kl_reg import checkpoint, chitchat
 from kl_reg.metrics import progress_bar
 from kl_reg.models import decoder, tokenizer, weights
+
+_RESUMABLE = ("steps", "decay", "output", "eval_every")      # may change when a training is resumed
 
 
 class State(NamedTuple):
@@ -65,9 +68,16 @@ def batches(documents: list[np.ndarray], seed: int, rows: int, length: int):
 
 
 def train(config: ConfigDict, workdir: pathlib.Path) -> pathlib.Path:
-    """Trains, resumes from `workdir` where it can, and writes the model folder `config.output` with its card."""
+    """Trains, resumes from `workdir` where it can, and writes the model folder `config.output` with its card.
+
+    Raises:
+        ImportError: chitchat-dataset is not installed.
+        FileExistsError: `workdir` holds another training.
+    """
     train_set, held_out, counts = chitchat.load()
-    workdir.mkdir(parents=True, exist_ok=True)
+    kept = {key: value for key, value in config.to_dict().items() if key not in _RESUMABLE}
+    digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
+    checkpoint.claim(workdir, {"config": config.to_dict(), "fingerprint": digest})
     tok = _tokenizer(config, train_set, workdir)
     start = tok.token_to_id(tokenizer.START)
     documents, held = ([np.array([start, *tokenizer.encode(tok, chitchat.transcript(c.turns))], np.int32) for c in part]
@@ -131,12 +141,12 @@ def _fit(config, shapes, documents, held, workdir):
 
 
 def held_out_loss(model: weights.Model, documents: list[np.ndarray], context: int) -> float:
-    """Nats per token over all held-out windows (the rest of the last batch, padding and first tokens left out)."""
+    """Nats per token over all held-out windows of `context` predictions."""
     stream = np.concatenate(documents)
     windows = stream[:len(stream) // (context + 1) * (context + 1)].reshape(-1, context + 1)
     value = jax.jit(partial(loss, model.config))
-    full = windows[:len(windows) // 32 * 32].reshape(-1, 32, context + 1)
-    return float(np.mean([value(model.params, jnp.asarray(batch)) for batch in full]))
+    parts = [windows[i:i + 32] for i in range(0, len(windows), 32)]
+    return float(np.average([value(model.params, jnp.asarray(part)) for part in parts], weights=list(map(len, parts))))
 
 
 def _write_card(config, output, held_out, documents, tokens, seconds, counts):
@@ -150,7 +160,7 @@ def _write_card(config, output, held_out, documents, tokens, seconds, counts):
     chars = sum(map(len, texts)) / sum(map(len, ids))
     count = sum(x.size for x in jax.tree.leaves(model.params))
     openings = [c.turns[:2] for c in held_out if sum(map(len, c.turns[:2])) < 160]
-    silence = price_of_script(model, openings, "", turns=10, episodes=256, seed=0)
+    silence, reached = price_of_script(model, openings, "", turns=10, episodes=512, seed=0)
     card = {
         "data": "chitchat-dataset 0.9.0 (BYU PCC lab), MIT", "licence": "Apache-2.0 (weights); MIT (held_out.jsonl)",
         "parameters": count, "context": config.context, "train_conversations": documents, "train_tokens": tokens,
@@ -160,7 +170,8 @@ def _write_card(config, output, held_out, documents, tokens, seconds, counts):
         "nats_per_token": nats, "bits_per_character": nats / np.log(2) / chars, "characters_per_token": chars,
         "steps": config.steps, "tokens_seen": config.steps * config.rows * config.context,
         "minutes": seconds / 60, "machine": f"{os.cpu_count()} cores ({platform.machine()}), {jax.device_count()} x "
-        f"{jax.devices()[0].device_kind}", "price_of_silence_nats": [round(float(x), 3) for x in silence]}
+        f"{jax.devices()[0].device_kind}", "price_of_silence_nats": [round(float(x), 3) for x in silence],
+        "price_of_silence_episodes": reached}
     (output / "card.json").write_text(json.dumps(card, indent=2) + "\n")
     (output / "README.md").write_text(_card_text(card))
 
@@ -192,8 +203,8 @@ for experiments on KL-regularised RL, and of no use as a chat model.
 | licence | {card['licence']} |
 
 ## The price of silence
--log beta of an empty turn of A, turn after turn, in nats (mean over 256 transcripts from held-out openings of two
-turns; B answers by sampling from the model):
+-log beta of an empty turn of A, turn after turn, in nats: mean over the {card['price_of_silence_episodes']} of 512
+transcripts whose ten turns fit the context (held-out openings of two turns; B answers by sampling from the model):
 
 {' '.join(f'{x:.2f}' for x in price)}
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kl_reg.kl.budget import remaining, tilt
+from kl_reg.kl.budget import finite, remaining, tilt
 from kl_reg.kl.exact import TokenTerms, token_terms
 from kl_reg.models.actor import Situation
 from kl_reg.models.policy import Policy, Reading
@@ -52,7 +52,8 @@ def constrain(reading: Reading, budget: Float[Array, ""], spent: Float[Array, ""
     if not constrained:
         return log_base + reading.gap, log_base
     allowance = reading.spend * remaining(budget, spent)
-    return log_base + tilt(reading.gap, allowance, log_base) * reading.gap, log_base
+    gap = finite(reading.gap)
+    return log_base + tilt(gap, allowance, log_base) * gap, log_base
 
 
 class Step(NamedTuple):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 PAD, OPENING, FORCED, AGENT, STUDENT = range(5)
@@ -72,10 +73,10 @@ class TrainState(NamedTuple):
 
 
 class WeightedMetric(NamedTuple):
-    """A mean as numerator and denominator, so that parts of a batch can be added up before dividing."""
+    """A mean as numerator and denominator, so that parts of a batch can be added up before dividing; 0 of nothing."""
 
     total: Float[Array, ""]
     weight: Float[Array, ""]
 
     def mean(self) -> Float[Array, ""]:
-        return self.total / self.weight
+        return self.total / jnp.maximum(self.weight, 1)

@@ -36,17 +36,22 @@ def define():
     return config, workdir
 
 
-def run(argv, config, workdir: str) -> None:
-    """Trains and prints the summary; what the user can mend is one line and exit status 2."""
+def guarded(argv, function):
+    """function(); what the user can mend is one line and exit status 2."""
     logging.set_verbosity(logging.WARNING)
     if len(argv) > 1:
         _fail(f"unexpected arguments {argv[1:]}")
+    try:
+        return function()
+    except (ValueError, OSError, ImportError) as error:
+        _fail(error)
+
+
+def run(argv, config, workdir: str) -> None:
+    """Trains and prints the summary."""
     import kl_reg
 
-    try:
-        result = kl_reg.train(config, workdir=workdir)
-    except (ValueError, FileNotFoundError, FileExistsError) as error:
-        _fail(error)
+    result = guarded(argv, lambda: kl_reg.train(config, workdir=workdir))
     _print_table(result.summary)
     print(f"\nrun     {result.workdir}\nreport  {result.report}")
 

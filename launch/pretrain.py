@@ -4,7 +4,7 @@
 """
 import pathlib
 
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import config_flags
 
 from launch import command
@@ -15,11 +15,9 @@ flags.mark_flag_as_required("config")
 
 
 def main(argv):
-    del argv
-    logging.set_verbosity(logging.WARNING)
     from kl_reg import pretrain
 
-    print(pretrain.train(CONFIG.value, pathlib.Path(WORKDIR.value)))
+    print(command.guarded(argv, lambda: pretrain.train(CONFIG.value, pathlib.Path(WORKDIR.value))))
 
 
 if __name__ == "__main__":

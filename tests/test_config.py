@@ -88,3 +88,23 @@ def test_a_setting_that_the_schema_lacks_is_refused(config):
         config.kl.extra = 1
     with pytest.raises(ValueError, match=r"unknown settings \['kl\.extra'\]"):
         configs.validate(config)
+
+
+@pytest.mark.parametrize("key, value", [("model.path", "embedded"), ("env.length", 8), ("reward.name", "vader"),
+                                        ("rl.iterations", 3), ("evaluation.episodes", 8)])
+def test_what_members_share_cannot_be_swept(config, key, value):
+    config.sweep = [{key: (value,), "seed": (0,)}]
+    with pytest.raises(ValueError, match=rf"sweep: {key.replace('.', '[.]')} cannot differ"):
+        configs.validate(config)
+
+
+@pytest.mark.parametrize("changes, says", [
+    ({"rl.discount": 0.9}, "discounted differently"), ({"model.dtype": "bf16"}, "'bfloat16'"),
+    ({"policy.kind": "full", "model.dtype": "bfloat16"}, "resolution"), ({"seed": 2**31}, "less than")])
+def test_unsound_combinations_are_refused(config, changes, says):
+    with pytest.raises(ValueError, match=says):
+        configs.validate(configs.override(config, changes))
+
+
+def test_the_fingerprint_knows_what_the_settings_only_name(config):
+    assert configs.fingerprint(config, "weights") != configs.fingerprint(config, "other weights")

@@ -6,14 +6,14 @@ usage() {
     cat <<'HELP'
 usage: tpu.sh [--dry-run] COMMAND NAME ZONE [ARGUMENT ...]
 
-  create NAME ZONE TYPE [--spot]   a TPU VM of TYPE, for example v5litepod-1, if it does not exist
-  setup  NAME ZONE                 copies this checkout there and installs it with the `tpu` extra
+  create NAME ZONE TYPE RUNTIME [--spot]   a TPU VM, if it does not exist: for example v5litepod-1 v2-alpha-tpuv5-lite
+  setup  NAME ZONE                 the last commit of this checkout, in a fresh folder there, installed with `tpu`
   run    NAME ZONE COMMAND ...     runs COMMAND in the checkout there, on one host
   status NAME ZONE                 its state
   delete NAME ZONE                 deletes it, after a confirmation (typed name)
 
 --dry-run prints the gcloud commands and runs none. Project and account are gcloud's own settings.
-A run uses the devices of one host.
+A run uses the devices of one host. Kept by `setup`: nothing of an earlier one, so fetch runs/ before.
 HELP
 }
 
@@ -31,14 +31,17 @@ tpu() {
 
 case $command in
 create)
-    if [[ $# -lt 1 ]]; then echo "create: TYPE is missing, for example v5litepod-1" >&2; exit 2; fi
+    if [[ $# -lt 2 ]]; then echo "create: TYPE or RUNTIME is missing" >&2; exit 2; fi
     if [[ -z $dry ]] && tpu describe "$name" >/dev/null 2>&1; then echo "$name exists in $zone"; exit 0; fi
-    tpu create "$name" --accelerator-type="$1" --version=tpu-ubuntu2204-base "${@:2}"
+    tpu create "$name" --accelerator-type="$1" --version="$2" "${@:3}"
     ;;
 setup)
-    root=$(cd "$(dirname "$0")/.." && pwd)
-    tpu scp --recurse "$root" "$name:kl_reg"
-    tpu ssh "$name" --command="cd kl_reg && python3 -m venv .venv && .venv/bin/pip install -e '.[tpu]'"
+    archive=$(mktemp --suffix=.tar)
+    trap 'rm -f "$archive"' EXIT
+    git -C "$(dirname "$0")/.." archive --output="$archive" --prefix=kl_reg/ HEAD
+    tpu scp "$archive" "$name:kl_reg.tar"
+    tpu ssh "$name" --command="rm -rf kl_reg && tar xf kl_reg.tar && cd kl_reg && pip install --user uv && \
+python3 -m uv venv --python 3.11 .venv && python3 -m uv pip install --python .venv -e '.[tpu]'"
     ;;
 run)
     if [[ $# -lt 1 ]]; then echo "run: COMMAND is missing" >&2; exit 2; fi

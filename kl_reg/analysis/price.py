@@ -21,7 +21,7 @@ class _Scripted(NamedTuple):
 
 
 def price_of_script(model: weights.Model, openings: list[list[str]], script: str, turns: int, episodes: int,
-                    seed: int) -> np.ndarray:
+                    seed: int) -> tuple[np.ndarray, int]:
     """-log beta of A's turn `script` (its end marker included), turn after turn, nats per turn.
 
     A says `script` in every turn and B answers by sampling from the model. A policy that says it with certainty pays
@@ -33,7 +33,8 @@ def price_of_script(model: weights.Model, openings: list[list[str]], script: str
         episodes: how many transcripts, each as long as the model's context.
 
     Returns:
-        [turns] means over the episodes that reached the turn's end; NaN where none did.
+        [turns] means over the episodes in which all those turns fit the context, so that every turn is priced in the
+        same episodes (NaN without one), and how many those are.
     """
     tok = tokenizer.load(model.folder)
     line = tokenizer.encode(tok, chitchat.transcript([script]))
@@ -44,15 +45,13 @@ def price_of_script(model: weights.Model, openings: list[list[str]], script: str
     transcript = _sample(model, env, episodes, seed)
     cost = _surprisal(model, transcript)
     own = np.asarray(transcript.roles) == FORCED
-    # Of the forced tokens of a turn, the first is A's prefix and those behind `line` are B's: neither is priced.
+    # Of the forced tokens of a turn, the first are A's prefix and those behind `line` are B's: neither is priced.
+    prefix = len(tokenizer.encode(tok, chitchat.SPEAKERS[0]))
     rank = np.cumsum(own, 1) - 1
-    priced = own & (rank % len(forced) >= 1) & (rank % len(forced) < len(line))
-    prices = np.full((episodes, turns), np.nan)
-    for turn in range(turns):
-        here = priced & (rank // len(forced) == turn)
-        whole = here.sum(1) == len(line) - 1
-        prices[whole, turn] = np.where(here, cost, 0.0).sum(1)[whole]
-    return mean_and_error(prices)[0]
+    priced = own & (rank % len(forced) >= prefix) & (rank % len(forced) < len(line))
+    prices = np.stack([np.where(priced & (rank // len(forced) == turn), cost, 0.0).sum(1) for turn in range(turns)], 1)
+    whole = (priced & (rank // len(forced) < turns)).sum(1) == turns * (len(line) - prefix)
+    return mean_and_error(prices[whole])[0], int(whole.sum())
 
 
 def _scripted_environment(tok, forced, openings, length):

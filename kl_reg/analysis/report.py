@@ -215,7 +215,11 @@ def _base(sweep):
 
 def _empty_table(sweep, groups):
     head = ["", "teacher", "student"]
-    rows = [["human, held out", *[stats.show_percent(*stats.binomial(*sweep.human))] * 2]] if sweep.human else []
+    rows = []
+    if sweep.human:
+        empty, turns = sweep.human
+        rate = stats.show_percent(*stats.binomial(empty, turns)) + f" <small>({empty} of {turns:,} turns)</small>"
+        rows.append(["human, held out", rate, rate])
     rows += [[name, *(stats.show_percent(*stats.silent_rates([member])[who][0]) for who in ("teacher", "student"))]
              for name, member in [("base", _base(sweep))] + [
                  (f"{_text(s.label)}, seed {_text(m['hyper']['seed'])}", m) for s in groups for m in s.members]]

@@ -1,8 +1,9 @@
 r"""The paper's environment: the agent plays the teacher, the base model the student, in one transcript.
 
-A turn ends when its writer has written the turn's terminator. With `markers="forced"` that is the end marker, and the
-environment then writes the other speaker's prefix, which is nobody's action. With `markers="written"` the terminator is
-the end marker and the other's prefix, all written by whoever has the turn, as in the paper.
+A turn ends when its writer has written the turn's terminator. With `markers="forced"` that is the end marker, alone or
+inside a longer token, and the environment then writes the other speaker's prefix, which is nobody's action. With
+`markers="written"` the terminator is the end marker and the other's prefix, all written by whoever has the turn, as in
+the paper, in the tokens that the tokenizer gives them on their own.
 
 The student's replies are rewarded one by one; a reply that the end of the episode cuts is worth 0, and the return is
 the sum. Source: Cohen, Hutter, Bengio and Russell (2024), "RL, but don't do anything I wouldn't do".
@@ -76,6 +77,7 @@ def teacher_student(config: ConfigDict, tokenizer: Tokenizer) -> Environment:
     prefixes = (student, teacher) if forced else ([], [])                      # forced behind them
     window = max(map(len, terminators))
     ends = [jnp.array([-1] * (window - len(ids)) + ids) for ids in terminators]
+    closing = _closing(tokenizer, config.end) if forced else np.zeros(tokenizer.get_vocab_size(), bool)
     queues = [jnp.array(ids or [0]) for ids in prefixes]
 
     def reset():
@@ -95,13 +97,14 @@ def teacher_student(config: ConfigDict, tokenizer: Tokenizer) -> Environment:
         recent = jnp.append(state.recent[1:], token.astype(jnp.int32))
         matches = [jnp.all((marker < 0) | (marker == recent)) & (length >= len(ids))
                    for marker, ids in zip(ends, terminators, strict=True)]
-        over = jnp.where(state.speaker == 0, *matches)
+        closes = jnp.asarray(closing).at[token].get(mode="fill", fill_value=False) & (state.queue == 0)
+        over = closes | jnp.where(state.speaker == 0, *matches)
         queue = jnp.where(over, jnp.where(state.speaker == 0, *map(len, prefixes)), jnp.maximum(state.queue - 1, 0))
         return EnvState(jnp.where(over, 1 - state.speaker, state.speaker), queue, state.turn + over,
                         jnp.where(over, 0, length), recent)
 
     def read(transcript):
-        return _read(tokenizer, terminators, transcript)
+        return _read(tokenizer, terminators, closing, config.end, transcript)
 
     return Environment(reset, turn, observe, _openings(config, tokenizer, teacher), config.length, read)
 
@@ -140,7 +143,13 @@ def _lines(config, turns):
         yield (config.teacher, config.student)[i % 2] + (" " + turn if turn else "") + config.end
 
 
-def _read(tokenizer, terminators, transcript):
+def _closing(tokenizer, end):
+    """Which tokens [v] contain the end marker: in many vocabularies "!\\n" is one token, and it ends a turn too."""
+    count = tokenizer.get_vocab_size()
+    return np.array([end in tokenizer.decode([token], skip_special_tokens=False) for token in range(count)])
+
+
+def _read(tokenizer, terminators, closing, end, transcript):
     """All turns of a batch [b, s] of numpy arrays, in order; their text without the terminator."""
     replies = []
     for e, (tokens, roles, turns) in enumerate(zip(transcript.tokens, transcript.roles, transcript.turns, strict=True)):
@@ -152,8 +161,14 @@ def _read(tokenizer, terminators, transcript):
             role = int(roles[slots[0]])
             terminator = terminators[0 if role == AGENT else 1]
             ids = tokens[slots].tolist()
-            finished = ids[-len(terminator):] == terminator
-            ids = ids[:-len(terminator)] if finished else ids
-            replies.append(Reply(e, number, role, int(slots[-1]), ids, text.decode(tokenizer, ids).strip(),
+            said, finished = text.decode(tokenizer, ids), True
+            if ids[-len(terminator):] == terminator:
+                ids = ids[:-len(terminator)]
+                said = text.decode(tokenizer, ids)
+            elif ids[-1] < len(closing) and closing[ids[-1]]:
+                said = said[:said.rindex(end)]
+            else:
+                finished = False
+            replies.append(Reply(e, number, role, int(slots[-1]), ids, said.strip(),
                                  text.decode(tokenizer, tokens[first:slots[0]].tolist()), finished))
     return replies

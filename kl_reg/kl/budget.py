@@ -27,12 +27,16 @@ def tilt(gap: Float[Array, " v"], allowance: Float[Array, ""], log_base: Float[A
     the derivative is zero.
 
     Args:
-        gap: proposal logits minus base logits; infinite entries are moved to +-1e15.
+        gap: proposal logits minus base logits, finite (`finite`).
         allowance: nats that this token may cost; infinite: no limit.
         log_base: normalised log-probabilities of the base, a constant.
     """
-    gap = jnp.nan_to_num(gap, nan=jnp.nan, posinf=1e15, neginf=-1e15)
     return _tilt(gap, allowance, jax.lax.stop_gradient(log_base))
+
+
+def finite(gap: Float[Array, " v"]) -> Float[Array, " v"]:
+    """Infinite entries moved to +-1e15: tokens that the proposal forbids or insists on."""
+    return jnp.nan_to_num(gap, nan=jnp.nan, posinf=1e15, neginf=-1e15)
 
 
 @jax.custom_jvp

@@ -46,7 +46,8 @@ class Policy(NamedTuple):
 
 
 def _logits(hidden, params):
-    return jnp.einsum("...d,vd->...v", hidden, decoder.unembedding(params), preferred_element_type=jnp.float32)
+    return jnp.einsum("...d,vd->...v", hidden, decoder.unembedding(params), preferred_element_type=jnp.float32,
+                      precision="highest")      # float32 stays float32 where the hardware has a coarser default
 
 
 def _flat(x):

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import pathlib
 from typing import NamedTuple
@@ -72,6 +73,15 @@ def load(path: str, dtype: str = "float32") -> Model:
     except SafetensorError as error:
         raise ValueError(f"{file} cannot be read as safetensors: {error}") from None
     return Model(config, unflatten_dict(flat, sep="/"), folder)
+
+
+def digest(folder: pathlib.Path) -> str:
+    """SHA-256 of a model's weights and tokenizer."""
+    parts = []
+    for name in ("model.safetensors", "tokenizer.json"):
+        with open(folder / name, "rb") as file:
+            parts.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return "-".join(parts)
 
 
 def save(folder: pathlib.Path, config: DecoderConfig, params: dict) -> None:

@@ -1,6 +1,9 @@
 """From a reward function to rewards on the agent stream. On the host."""
 from __future__ import annotations
 
+import hashlib
+import numbers
+import types
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -23,7 +26,7 @@ def score_replies(reward_fn: Callable, replies: Sequence[Reply]) -> np.ndarray:
     if not scored:
         return rewards
     chosen = [replies[i] for i in scored]
-    name = f"reward function {getattr(reward_fn, '__name__', reward_fn)!r}"
+    name = f"reward function {name_of(reward_fn).rpartition('.')[2]!r}"
     try:
         values = list(reward_fn(prompts=[r.prompt for r in chosen], completions=[r.text for r in chosen],
                                 completion_ids=[r.ids for r in chosen]))
@@ -32,10 +35,27 @@ def score_replies(reward_fn: Callable, replies: Sequence[Reply]) -> np.ndarray:
     if len(values) != len(chosen):
         raise ValueError(f"{name} returned {len(values)} rewards for {len(chosen)} completions")
     for i, value, reply in zip(scored, values, chosen, strict=True):
-        if value is not None and not abs(value) <= _LARGEST:      # no NaN either
+        number = value is None or isinstance(value, numbers.Real) and abs(value) <= _LARGEST      # no NaN either
+        if not number:
             raise ValueError(f"{name} returned {value!r} for the completion {reply.text!r}")
         rewards[i] = 0.0 if value is None else value
     return rewards
+
+
+def name_of(reward_fn: Callable) -> str:
+    """Where a reward function is from; of a callable object, its type."""
+    kind = reward_fn if isinstance(reward_fn, types.FunctionType) else type(reward_fn)
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def digest(reward_fn: Callable) -> str:
+    """SHA-256 of a function's code, so that an edited one, or another lambda, is another experiment."""
+    parts = [name_of(reward_fn)]
+    if isinstance(reward_fn, types.FunctionType):
+        code = reward_fn.__code__
+        constants = [x for x in code.co_consts if not isinstance(x, types.CodeType)]
+        parts += [code.co_code.hex(), repr(constants), repr(code.co_names)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def credit(replies: Sequence[Reply], rewards: np.ndarray, slot: np.ndarray, mask: np.ndarray

@@ -17,7 +17,7 @@ from kl_reg import config as configs
 from kl_reg.analysis import report
 from kl_reg.analysis.recorded import summarise
 from kl_reg.models import weights
-from kl_reg.rewards.replies import credit, score_replies
+from kl_reg.rewards import replies
 from kl_reg.training import sweep
 from kl_reg.types import Episodes
 
@@ -53,11 +53,12 @@ def train(config: ConfigDict, reward_fn: Callable | None = None, workdir: str | 
     workdir = pathlib.Path(workdir)
     if reward_fn is not None:
         config = config.copy_and_resolve_references()
-        config.reward.name = f"{reward_fn.__module__}.{reward_fn.__qualname__}"
+        config.reward.name = replies.name_of(reward_fn)
     reward_fn = reward_fn or rewards.REWARDS[config.reward.name]
     model = weights.load(config.model.path, config.model.dtype)
     groups = sweep.plan(config, model)
-    resolved = {"config": json.loads(config.to_json()), "fingerprint": configs.fingerprint(config)}
+    inputs = weights.digest(model.folder), replies.digest(reward_fn)
+    resolved = {"config": json.loads(config.to_json()), "fingerprint": configs.fingerprint(config, *inputs)}
     checkpoint.claim(workdir, resolved)
     states = [group.run.init(model.params, group.seeds) for group in groups]
     saved = checkpoint.Checkpoints(workdir / "checkpoints", resolved)
@@ -119,9 +120,9 @@ def _judge(group, episodes: Episodes, reward_fn):
     rows, streams = [], []
     for i in range(len(group.members)):
         own = jax.tree.map(lambda x, i=i: x[i], recorded)
-        replies = group.program.env.read(own.transcript)
-        stream, returns = credit(replies, score_replies(reward_fn, replies), own.slot, own.mask)
-        rows.append(summarise(own, replies, returns))
+        turns = group.program.env.read(own.transcript)
+        stream, returns = replies.credit(turns, replies.score_replies(reward_fn, turns), own.slot, own.mask)
+        rows.append(summarise(own, turns, returns))
         streams.append(stream)
     return rows, np.stack(streams)
 
@@ -176,8 +177,8 @@ def _fetch(episodes: Episodes) -> Episodes:
 def _final(group, episodes, reward_fn, folder):
     """Metrics of evaluation episodes [b, ...] of one policy; also writes them as evaluation.npz."""
     transcript = episodes.transcript
-    replies = group.program.env.read(transcript)
-    _, returns = credit(replies, score_replies(reward_fn, replies), episodes.slot, episodes.mask)
+    turns = group.program.env.read(transcript)
+    _, returns = replies.credit(turns, replies.score_replies(reward_fn, turns), episodes.slot, episodes.mask)
     kl, log_ratio = np.zeros((2, *transcript.tokens.shape), np.float32)
     row, column = np.nonzero(episodes.mask)
     slots = episodes.slot[row, column]
@@ -185,7 +186,7 @@ def _final(group, episodes, reward_fn, folder):
     folder.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(folder / "evaluation.npz", tokens=transcript.tokens, roles=transcript.roles.astype(np.int8),
                         turns=transcript.turns, kl=kl, log_ratio=log_ratio, returns=returns)
-    return {**summarise(episodes, replies, returns), "episodes": len(returns)}
+    return {**summarise(episodes, turns, returns), "episodes": len(returns)}
 
 
 def _best(folder, coef):

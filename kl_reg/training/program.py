@@ -12,6 +12,7 @@ import optax
 from kl_reg import advantages, envs, losses, rollout
 from kl_reg.config import Static
 from kl_reg.envs.teacher_student import Environment
+from kl_reg.kl import estimators
 from kl_reg.models import policy, tokenizer, weights
 from kl_reg.training import step
 from kl_reg.types import Episodes, Hyper, TrainState
@@ -26,8 +27,7 @@ class Program(NamedTuple):
     advantage: Callable
     optimizer: optax.GradientTransformation
     constrained: bool
-    estimator: str
-    placement: str
+    kl: estimators.Placement
     normalise: bool
     iterations: int
     episodes: int
@@ -51,10 +51,10 @@ def build(static: Static, model: weights.Model) -> Program:
                          f"model's context is {model.config.max_position}")
     optimizer = optax.chain(optax.clip_by_global_norm(config.optim.max_grad_norm), optax.scale_by_adam())
     rl = config.rl
+    placement = estimators.ESTIMATORS[config.kl.estimator].placements[config.kl.placement]
     return Program(policy.build(config.policy.kind, model.config, config.policy), env, losses.LOSSES[rl.loss],
-                   advantages.ADVANTAGES[rl.advantage], optimizer, static.constrained, config.kl.estimator,
-                   config.kl.placement, rl.normalise, rl.iterations, rl.episodes, rl.epochs, rl.minibatches,
-                   config.optim.warmup, config.optim.final)
+                   advantages.ADVANTAGES[rl.advantage], optimizer, static.constrained, placement, rl.normalise,
+                   rl.iterations, rl.episodes, rl.epochs, rl.minibatches, config.optim.warmup, config.optim.final)
 
 
 class Compiled(NamedTuple):

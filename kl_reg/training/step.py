@@ -1,7 +1,6 @@
 """One training step as pure functions: score recorded episodes with new parameters, and update."""
 from __future__ import annotations
 
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -11,7 +10,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kl_reg import rollout
 from kl_reg.advantages import normalise
-from kl_reg.kl import estimators
 from kl_reg.kl.budget import remaining
 from kl_reg.kl.exact import token_terms
 from kl_reg.losses.value import squared_error
@@ -88,21 +86,20 @@ def objective(program, params, base, episodes: Episodes, targets, hyper: Hyper, 
     new, mask = score(program, params, base, episodes, hyper, longest), episodes.mask
     terms = {
         "loss/policy": jax.vmap(program.loss, (0, 0, 0, None))(new.log_prob, episodes.log_prob, advantages, hyper),
-        "loss/kl": factor * hyper.kl_coef * jax.vmap(partial(estimators.loss_term, program.placement))(new.kl),
+        "loss/kl": factor * hyper.kl_coef * jax.vmap(program.kl.loss)(new.kl),
         "loss/value": hyper.value_coef * jax.vmap(squared_error)(new.value, returns),
         "loss/entropy": -hyper.entropy_coef * new.entropy}
     parts = {name: mean(x, mask).mean() for name, x in terms.items()}
-    ratio = jnp.exp(new.log_prob - episodes.log_prob)
-    parts["policy/clip_fraction"] = mean((jnp.abs(ratio - 1) > hyper.clip).astype(jnp.float32), mask).mean()
-    parts["policy/old_kl/nats_per_token"] = mean(ratio - 1 - jnp.log(ratio), mask).mean()
+    moved = new.log_prob - episodes.log_prob
+    parts["policy/clip_fraction"] = mean((jnp.abs(jnp.expm1(moved)) > hyper.clip).astype(jnp.float32), mask).mean()
+    parts["policy/old_kl/nats_per_token"] = mean(jnp.expm1(moved) - moved, mask).mean()
     return sum(parts[name] for name in terms), parts
 
 
 def targets(program, episodes: Episodes, rewards: Float[Array, "b k"], hyper: Hyper):
     """Advantages and returns [b, k] in reward units (KL penalty subtracted), and the factor on loss terms of the KL."""
     mask = episodes.mask
-    penalty = jax.vmap(lambda ratio, kl: estimators.reward_term(program.estimator, program.placement, ratio, kl))(
-        episodes.log_ratio, episodes.kl)
+    penalty = jax.vmap(program.kl.reward)(episodes.log_ratio, episodes.kl)      # recorded, zero behind the stream
     rewards = jnp.where(mask, rewards - hyper.kl_coef * penalty, 0.0)
     estimate = lambda r, v, m: program.advantage(r, v, m, hyper.discount, hyper.gae_lambda)  # noqa: E731
     advantages, returns = jax.vmap(estimate)(rewards, episodes.value, mask)

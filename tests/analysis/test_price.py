@@ -13,7 +13,8 @@ def test_the_first_turn_costs_what_torch_says(tiny_folder, tiny_tokenizer, scrip
     from transformers import LlamaForCausalLM
 
     opening = ["hi", "hello"]
-    price = price_of_script(weights.load(str(tiny_folder)), [opening], script, turns=2, episodes=3, seed=0)
+    price, reached = price_of_script(weights.load(str(tiny_folder)), [opening], script, turns=1, episodes=3, seed=0)
+    assert reached == 3
     before = tokenizer.encode(tiny_tokenizer, tokenizer.START + chitchat.transcript(opening) + "A:")
     turn = tokenizer.encode(tiny_tokenizer, (" " + script if script else "") + "\n")
     torch_model = LlamaForCausalLM.from_pretrained(tiny_folder, torch_dtype=torch.float32)
@@ -23,7 +24,7 @@ def test_the_first_turn_costs_what_torch_says(tiny_folder, tiny_tokenizer, scrip
     np.testing.assert_allclose(price[0], expected, rtol=1e-4)
 
 
-def test_a_turn_that_nobody_reached_has_no_price(tiny_folder):
-    price = price_of_script(weights.load(str(tiny_folder)), [["hi", "hello"]], "hello there, how are you", turns=40,
-                            episodes=2, seed=0)
-    assert np.isfinite(price[0]) and np.isnan(price[-1])
+def test_turns_that_fit_in_no_episode_have_no_price(tiny_folder):
+    price, reached = price_of_script(weights.load(str(tiny_folder)), [["hi", "hello"]], "hello there, how are you",
+                                     turns=40, episodes=2, seed=0)
+    assert reached == 0 and np.isnan(price).all()

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer
 
 from kl_reg import config as configs
 from kl_reg.envs import ENVIRONMENTS
@@ -254,3 +255,14 @@ def test_opening_turns_counts_the_turns_that_are_taken(tiny_tokenizer, held_out)
 def test_a_setting_that_cannot_work_is_named(tiny_tokenizer, held_out, settings, words):
     with pytest.raises(ValueError, match=words):
         Stage(tiny_tokenizer, **settings)
+
+
+def test_a_token_that_contains_the_end_marker_ends_the_turn(tiny_tokenizer):
+    """Many vocabularies have "!\\n" as one token."""
+    tokenizer = Tokenizer.from_str(tiny_tokenizer.to_str())
+    tokenizer.add_tokens([AddedToken("!\n", normalized=False)])
+    stage, merged = Stage(tokenizer), tokenizer.token_to_id("!\n")
+    episode = stage.play([*stage.bytes("hi"), merged, *stage.bytes("yo"), merged, *stage.bytes("so")])
+    replies = stage.env.read(stage.transcript(episode))
+    assert [(reply.text, reply.finished) for reply in replies[:2]] == [("hi!", True), ("yo!", True)]
+    assert replies[2].text.startswith("so") and not replies[2].finished

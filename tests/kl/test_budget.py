@@ -11,10 +11,10 @@ from scipy.optimize import brentq
 from scipy.special import log_softmax
 
 from kl_reg.kl import budget
-from kl_reg.kl.budget import remaining, tilt
+from kl_reg.kl.budget import finite, remaining, tilt
 
 VOCAB = 200
-tilt_of = jax.jit(tilt)
+tilt_of = jax.jit(lambda gap, allowance, log_base: tilt(finite(gap), allowance, log_base))
 tilts_of = jax.jit(jax.vmap(tilt, (0, None, None)))
 
 

@@ -23,16 +23,23 @@ def gcloud(tmp_path):
 
 
 def test_create_asks_first_whether_it_exists(gcloud):
-    done, calls = gcloud("create", "mine", "us-x1-a", "v5litepod-1", "--spot")
+    done, calls = gcloud("create", "mine", "us-x1-a", "v5litepod-1", "v2-alpha-tpuv5-lite", "--spot")
     assert done.returncode == 0
     assert calls == ["compute tpus tpu-vm describe mine --zone=us-x1-a",
-                     "compute tpus tpu-vm create mine --accelerator-type=v5litepod-1 --version=tpu-ubuntu2204-base "
+                     "compute tpus tpu-vm create mine --accelerator-type=v5litepod-1 --version=v2-alpha-tpuv5-lite "
                      "--spot --zone=us-x1-a"]
 
 
 def test_a_dry_run_calls_nothing(gcloud):
     done, calls = gcloud("--dry-run", "delete", "mine", "us-x1-a")
     assert calls == [] and "tpu-vm delete mine --quiet --zone=us-x1-a" in done.stdout
+
+
+def test_setup_sends_the_commit_alone(gcloud):
+    done, calls = gcloud("setup", "mine", "us-x1-a")
+    assert done.returncode == 0, done.stderr
+    assert [call.split()[3] for call in calls] == ["scp", "ssh"] and "mine:kl_reg.tar" in calls[0]
+    assert "rm -rf kl_reg && tar xf kl_reg.tar" in calls[1]
 
 
 def test_delete_needs_the_typed_name(gcloud):
@@ -42,8 +49,8 @@ def test_delete_needs_the_typed_name(gcloud):
     assert done.returncode == 0 and calls == ["compute tpus tpu-vm delete mine --quiet --zone=us-x1-a"]
 
 
-@pytest.mark.parametrize("arguments", [("create", "mine", "z"), ("run", "mine", "z"), ("fly", "mine", "z"),
-                                       ("status",)])
+@pytest.mark.parametrize("arguments", [
+    ("create", "mine", "z", "v5litepod-1"), ("run", "mine", "z"), ("fly", "mine", "z"), ("status",)])
 def test_a_wrong_call_says_so(gcloud, arguments):
     done, calls = gcloud(*arguments)
     assert done.returncode == 2 and done.stderr and calls == []

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from kl_reg.envs.teacher_student import Reply
-from kl_reg.rewards.replies import credit, score_replies
+from kl_reg.rewards.replies import credit, digest, score_replies
 from kl_reg.types import AGENT, STUDENT
 
 
@@ -98,3 +98,17 @@ def test_each_episode_gets_its_own():
     stream, returns = credit([reply(episode=1, end=5), reply(episode=0, end=5)], np.float32([1, 2]), slot, mask)
     assert stream.tolist() == [[0, 2], [1, 0]]
     assert returns.tolist() == [2, 1]
+
+
+def test_another_lambda_is_another_reward():
+    first, same, other = (lambda **columns: [1.0]), (lambda **columns: [1.0]), (lambda **columns: [2.0])
+    assert digest(first) == digest(same) != digest(other)
+
+
+def test_a_reward_that_is_no_number_is_refused():
+    with pytest.raises(ValueError, match="'words' returned 'good'"):
+        score_replies(words, [Reply(0, 1, STUDENT, 3, [1], "hi", "", True)])
+
+
+def words(prompts, completions, completion_ids):
+    return ["good"] * len(completions)

@@ -17,6 +17,7 @@ from scipy.optimize import brentq
 from scipy.special import expit, log_softmax, rel_entr, softmax
 
 from kl_reg import advantages, losses, rollout
+from kl_reg.kl.estimators import ESTIMATORS
 from kl_reg.models.policy import Policy, Reading
 from kl_reg.training import step
 from kl_reg.types import AGENT, OPENING, Episodes, Hyper, Transcript
@@ -185,7 +186,7 @@ def test_penalty_and_budget_together(estimator, placement, constrained, budget):
     params, base, rewards = tables(2)
     coef = 0.7
     prog = program(constrained, loss=losses.LOSSES["reinforce"], advantage=advantages.ADVANTAGES["monte_carlo"],
-                   normalise=False, estimator=estimator, placement=placement)
+                   normalise=False, kl=ESTIMATORS[estimator].placements[placement])
 
     def value(p):
         process = Enumerated(p, base, budget)

@@ -14,6 +14,7 @@ import pytest
 
 from kl_reg import advantages, losses, rollout
 from kl_reg import config as configs
+from kl_reg.kl.estimators import ESTIMATORS
 from kl_reg.models import weights
 from kl_reg.training import program as programs
 from kl_reg.training import step
@@ -182,7 +183,7 @@ def settings(kl_coef=0.0, learning_rate=1e-3):
 
 def by_hand(estimator, placement, normalise=False):
     """Advantages, returns and factor of one episode of three tokens, coefficient 2, behind it a padded position."""
-    program = SimpleNamespace(estimator=estimator, placement=placement, normalise=normalise,
+    program = SimpleNamespace(kl=ESTIMATORS[estimator].placements[placement], normalise=normalise,
                               advantage=advantages.ADVANTAGES["monte_carlo"])
     row = lambda *x: jnp.array([x], jnp.float32)  # noqa: E731
     zero, whole = row(0, 0, 0, 0), jnp.zeros((1, 4), jnp.int32)
