@@ -21,8 +21,9 @@ def config(tmp_path, monkeypatch):
     monkeypatch.setattr(chitchat, "load", lambda: (make("train", 40), make("held", 20), counts))
     return ConfigDict({
         "seed": 0, "output": str(tmp_path / "assets"), "vocab": 300, "width": 16, "layers": 2, "heads": 2,
-        "kv_heads": 1, "mlp_width": 32, "context": 64, "rows": 2, "dtype": "float32", "steps": 6, "warmup": 2, "decay": 0.5,
-        "muon_learning_rate": 0.02, "adam_learning_rate": 3e-3, "weight_decay": 0.01, "eval_every": 3})
+        "kv_heads": 1, "mlp_width": 32, "context": 64, "rows": 2, "dtype": "float32", "steps": 6, "warmup": 2,
+        "decay": 0.5, "muon_learning_rate": 0.02, "adam_learning_rate": 3e-3, "weight_decay": 0.01,
+        "eval_every": 3})
 
 
 @pytest.mark.filterwarnings("ignore")
