@@ -63,8 +63,10 @@ def train(config: ConfigDict, reward_fn: Callable | None = None, workdir: str | 
     states = [group.run.init(model.params, group.seeds) for group in groups]
     saved = checkpoint.Checkpoints(workdir / "checkpoints", resolved)
     states = saved.restore(states)
-    _iterate(config, groups, states, model.params, reward_fn, workdir, saved)
-    saved.close()
+    try:
+        _iterate(config, groups, states, model.params, reward_fn, workdir, saved)
+    finally:
+        saved.close()
     summary = _evaluate(config, groups, states, model.params, reward_fn, workdir)
     (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     params = {number: jax.tree.map(lambda x, i=i: x[i], state.params)
