@@ -82,6 +82,7 @@ def test_a_killed_run_resumes_bit_equal(whole, config, tmp_path):
     chex.assert_trees_all_equal(resumed.params, whole.params)
     for member in range(4):
         assert lines(resumed, member) == lines(whole, member)
+        assert [event.step for event in scalars(resumed, member)] == [0, 1, 2, 3]      # none twice
 
 
 def test_a_finished_run_is_reported_again_without_training(whole, config):
@@ -135,9 +136,12 @@ def test_a_reward_that_is_no_number_stops_before_the_update(config, tmp_path):
         kl_reg.train(config, broken, tmp_path / "run")
 
 
-def test_tensorboard_has_the_scalars(whole):
+def scalars(result, member):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(whole.workdir / "members/1/tensorboard")).Reload()
-    assert [round(event.value, 5) for event in events.Scalars("return")] == [round(row["return"], 5)
-                                                                             for row in lines(whole, 1)]
+    return EventAccumulator(str(result.workdir / f"members/{member}/tensorboard")).Reload().Scalars("return")
+
+
+def test_tensorboard_has_the_scalars(whole):
+    assert [round(event.value, 5) for event in scalars(whole, 1)] == [round(row["return"], 5)
+                                                                      for row in lines(whole, 1)]
