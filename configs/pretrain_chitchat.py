@@ -4,8 +4,8 @@
 
 Resumable; writes kl_reg/assets/ with a model card that states cost and quality.
 
-Chosen values: Muon reaches a given loss in about two thirds of AdamW's steps here; the stable-then-decay schedule lets
-an interrupted run be resumed with another `steps`; 2,048 tokens keep the vocabulary-sized work of every RL step small.
+Chosen values: Muon at its customary learning rate; a schedule that is constant until it decays, so that an interrupted
+run can be resumed with another `steps`; 2,048 tokens, which keep the vocabulary-sized work of every RL step small.
 """
 from ml_collections import ConfigDict
 

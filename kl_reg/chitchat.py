@@ -24,7 +24,11 @@ class Conversation(NamedTuple):
 def load() -> tuple[list[Conversation], list[Conversation], dict]:
     """All conversations as (train, held-out, counts); needs the `data` extra.
 
-    Counts are over the whole data: conversations, messages, and messages that are empty.
+    Counts are over the whole data: conversations, messages, and messages that are empty. Conversations with fewer than
+    two turns are in neither part.
+
+    Raises:
+        ImportError: the package is not installed.
     """
     try:
         import chitchat_dataset

@@ -19,6 +19,7 @@ import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
 from kl_reg import checkpoint, chitchat
+from kl_reg.analysis.price import price_of_script
 from kl_reg.metrics import progress_bar
 from kl_reg.models import decoder, tokenizer, weights
 
@@ -150,8 +151,6 @@ def held_out_loss(model: weights.Model, documents: list[np.ndarray], context: in
 
 
 def _write_card(config, output, held_out, documents, tokens, seconds, counts):
-    from kl_reg.analysis.price import price_of_script
-
     model = weights.load(str(output))
     tok = tokenizer.load(output)
     texts = [chitchat.transcript(c.turns) for c in held_out]

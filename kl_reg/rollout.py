@@ -2,7 +2,7 @@
 
 All members' episodes go through the trunk as one flat batch with one shared position; actors, ledgers and environments
 are vmapped. A key is folded with member seed, iteration, episode and position, so what an episode says depends on
-neither batch size nor neighbours.
+neither batch size nor neighbours, up to the rounding of matrix products of another shape.
 """
 from __future__ import annotations
 

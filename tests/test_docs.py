@@ -11,6 +11,7 @@ PAGES = sorted(ROOT.glob("docs/*.md")) + [ROOT / "README.md"]
 def test_the_python_blocks_of_a_page_run_in_order(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    assert blocks, "the page has no Python block, or the pattern no longer finds it"
     exec(compile("\n".join(blocks), str(page), "exec"), {"__name__": page.stem})
 
 
