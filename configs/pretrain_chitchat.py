@@ -7,13 +7,16 @@ Resumable; writes kl_reg/assets/ with a model card that states cost and quality.
 Chosen values: Muon at its customary learning rate; a schedule that is constant until it decays, so that an interrupted
 run can be resumed with another `steps`; 2,048 tokens, which keep the vocabulary-sized work of every RL step small.
 """
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
+    config.members = 1                                     # more: an ensemble, in config.output/0, 1, ...
+    config.bootstrap = False                               # each member on its own resample of the conversations
     config.output = "kl_reg/assets"
+    config.tokenizer = config_dict.placeholder(str)        # "embedded": the embedded model's; None: trained first
     config.vocab = 2048
     config.width = 256
     config.layers = 4

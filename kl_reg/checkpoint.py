@@ -32,12 +32,12 @@ def claim(workdir: pathlib.Path, resolved: dict) -> None:
 
 
 class Checkpoints:
-    """The states of a run's programs by iteration, the last two kept, written in the background; each with the resolved
-    configuration and its fingerprint, `resolved`."""
+    """The states of a run's programs by iteration, the last `keep` of them, written in the background; each with
+    `resolved`: the configuration, its fingerprint and the digests of base and references."""
 
-    def __init__(self, folder: pathlib.Path, resolved: dict):
+    def __init__(self, folder: pathlib.Path, resolved: dict, keep: int):
         self._resolved = resolved
-        options = ocp.CheckpointManagerOptions(max_to_keep=2)
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep)
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
     def save(self, iteration: int, states: list) -> None:

@@ -1,4 +1,4 @@
-"""The experiment's schema with every default, its validation, and its two halves: Static and Hyper."""
+"""The experiment's schema with every default, and its two halves: Static and Hyper."""
 from __future__ import annotations
 
 import dataclasses
@@ -10,19 +10,19 @@ import math
 import jax.numpy as jnp
 from ml_collections import ConfigDict, config_dict
 
-from kl_reg import advantages, envs, losses, rewards
-from kl_reg.kl import estimators
-from kl_reg.models import policy, weights
+from kl_reg.kl.estimators import KLConfig
 from kl_reg.types import Hyper
 
-HYPER = {"kl.coef": "kl_coef", "kl.budget": "kl_budget", "optim.learning_rate": "learning_rate", "rl.clip": "clip",
+HYPER = {"kl.coef": "kl_coef", "kl.target": "kl_target", "kl.horizon": "kl_horizon", "kl.rate": "kl_rate",
+         "kl.gain": "kl_gain", "kl.final": "kl_final", "kl.budget": "kl_budget", "kl.turn_budget": "kl_turn_budget",
+         "kl.token_budget": "kl_token_budget", "optim.learning_rate": "learning_rate", "rl.clip": "clip",
          "rl.entropy_coef": "entropy_coef", "rl.value_coef": "value_coef", "rl.discount": "discount",
          "rl.gae_lambda": "gae_lambda"}
 """Settings that members of one program may differ in, and their names in `Hyper`."""
 
+BUDGETS = ("kl.budget", "kl.turn_budget", "kl.token_budget")
+
 _RUN_ONLY = ("sweep", "checkpoint", "log")     # settings that change no number of a result
-_SHARED = ("sweep", "model", "env", "reward", "evaluation", "checkpoint", "log", "rl.iterations")
-"""Settings that all members of a sweep share: they have one base model, one task and one evaluation."""
 
 
 def default() -> ConfigDict:
@@ -40,6 +40,7 @@ def default() -> ConfigDict:
     config.policy.layers = 3              # last hidden layers that a head reads
     config.policy.hidden = 128
     config.policy.spend_init = 0.05       # part of the remaining budget that a token may spend at first
+    config.policy.spend_levels = 16       # of kl.spend="sampled": parts are multiples of one over this
 
     config.env = ConfigDict()
     config.env.name = "teacher_student"
@@ -57,10 +58,39 @@ def default() -> ConfigDict:
     config.reward.name = "vader"
 
     config.kl = ConfigDict()
-    config.kl.coef = 0.0                  # reward units per nat
-    config.kl.estimator = "exact"
-    config.kl.placement = "full"
-    config.kl.budget = config_dict.placeholder(float)      # nats per episode; None: no hard budget
+    config.kl.coef = 0.0                  # reward units per nat; where a controller starts
+    config.kl.direction = "reverse"       # D(pi || ref), "KL to the base"; "forward": D(ref || pi)
+    config.kl.estimator = "exact"         # or k1, k2, k3, k3_weighted, absolute: docs/kl.md says what each descends
+    config.kl.placement = "full"          # "reward", "loss", or both: "full"
+    config.kl.reduction = "token"         # "sequence": the estimator of an episode's summed log-ratio
+    config.kl.temperature = config_dict.placeholder(float)     # that the KL counts at; None: the sampler's
+    config.kl.allow_biased = False        # accept combinations with no, wrong or double effect
+    config.kl.controller = "fixed"        # of the coefficient: linear, cosine, adaptive, lagrangian, pi
+    config.kl.target = 10.0               # nats per episode, that a controller aims at
+    config.kl.horizon = 1000.0            # episodes, of "adaptive"
+    config.kl.rate = 0.1                  # of "lagrangian" and "pi": log coefficient per iteration and relative error
+    config.kl.gain = 0.5                  # of "pi": log coefficient per relative error
+    config.kl.final = 0.0                 # coefficient at the end of a schedule
+    config.kl.budget = config_dict.placeholder(float)          # hard, nats per episode; None: none
+    config.kl.turn_budget = config_dict.placeholder(float)     # hard, nats per turn of the agent
+    config.kl.token_budget = config_dict.placeholder(float)    # hard, nats per token of the agent
+    config.kl.carry = False               # what a turn or a token leaves of its budget is added to the later ones'
+    config.kl.spend = "neuron"            # part of what is left that a token may spend: its output; "sampled": drawn
+    #                                       around it; "greedy": all; "uniform": an even share of the tokens to come
+
+    config.reference = ConfigDict()       # what KL is measured to
+    config.reference.name = "base"        # "checkpoint", "ema", "sync", "mixture", "pessimistic"
+    config.reference.paths = ()           # model folders; of "checkpoint" one, or a run's member: "runs/x:3"
+    config.reference.decay = 0.99         # of "ema", an iteration
+    config.reference.every = 10           # of "sync", iterations
+    config.reference.alpha = 0.1          # of "pessimistic": the top of the posterior, from all (0) to the best (1)
+    config.reference.cut = "best"         # "best": weight relative to the best; "cumulative": to the sum of the better
+
+    config.sampling = ConfigDict()        # of everybody's tokens, in training and evaluation
+    config.sampling.temperature = 1.0
+    config.sampling.top_k = 0             # 0: all. Truncations keep a set that the reference decides
+    config.sampling.top_p = 1.0
+    config.sampling.min_p = 0.0
 
     config.rl = ConfigDict()
     config.rl.loss = "ppo_clip"
@@ -88,14 +118,16 @@ def default() -> ConfigDict:
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every = 10          # iterations
-    config.log = ConfigDict()
+    config.checkpoint.keep = 10           # the last ones
+    config.log = ConfigDict(convert_dict=False)     # so that `groups` is one setting, a dictionary
     config.log.tensorboard = True
+    config.log.groups = {}                # KL of tokens by their text: name -> regular expression that is found in it
     return config.lock()
 
 
 @dataclasses.dataclass(frozen=True)
 class Static:
-    """What a compiled program depends on: the configuration without `Hyper` and seed, and whether there is a budget."""
+    """What a compiled program depends on: the configuration without `Hyper` and seed, and whether a budget is hard."""
 
     settings: str                         # canonical JSON
     constrained: bool
@@ -103,6 +135,17 @@ class Static:
     def config(self) -> ConfigDict:
         """The settings, nested."""
         return ConfigDict(json.loads(self.settings))
+
+    def kl(self) -> KLConfig:
+        """How the KL is penalised."""
+        return kl_config(self.config())
+
+
+def kl_config(config: ConfigDict) -> KLConfig:
+    """The KL contract of a configuration; it counts at the sampler's temperature."""
+    kl = config.kl
+    return KLConfig(kl.direction, kl.estimator, kl.placement, kl.reduction, config.sampling.temperature,
+                    kl.allow_biased)
 
 
 def flat(config: ConfigDict) -> dict:
@@ -150,8 +193,8 @@ def split(config: ConfigDict) -> tuple[Static, Hyper, int]:
     """One member's (Static, Hyper, seed)."""
     settings = {key: value for key, value in flat(config).items() if key not in HYPER and key != "seed"}
     values = {name: config[key.split(".")[0]][key.split(".")[1]] for key, name in HYPER.items()}
-    constrained = values["kl_budget"] is not None
-    values["kl_budget"] = values["kl_budget"] if constrained else math.inf
+    constrained = any(config.kl[key.split(".")[1]] is not None for key in BUDGETS)
+    values = {name: math.inf if value is None else value for name, value in values.items()}
     nested = {}
     for key, value in settings.items():
         section, _, name = key.rpartition(".")
@@ -169,65 +212,3 @@ def fingerprint(config: ConfigDict, *inputs: str) -> str:
     kept = {key: value for key, value in flat(config).items() if key.split(".")[0] not in _RUN_ONLY}
     kept["members"], kept["inputs"] = members(config), inputs
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
-
-
-_AT_LEAST_ONE = ("rl.iterations", "rl.episodes", "rl.epochs", "rl.minibatches", "env.length", "policy.layers",
-                 "policy.hidden", "evaluation.episodes", "checkpoint.every", "optim.warmup")
-_NOT_NEGATIVE = ("kl.coef", "rl.clip", "rl.value_coef", "rl.entropy_coef", "optim.learning_rate", "optim.max_grad_norm",
-                 "optim.final", "seed", "env.opening_turns")
-_PARTS = ("rl.discount", "rl.gae_lambda", "policy.spend_init")
-
-
-def validate(config: ConfigDict) -> None:
-    """Everything that can be known to be wrong before any work starts.
-
-    Raises:
-        ValueError: names the setting, its value and what is accepted.
-        FileNotFoundError: the model folder or one of its files is missing.
-    """
-    unknown, missing = set(flat(config)) - set(flat(default())), set(flat(default())) - set(flat(config))
-    if unknown or missing:
-        raise ValueError(f"config: unknown settings {sorted(unknown)}, missing settings {sorted(missing)}; "
-                         "start from kl_reg.config.default()")
-    for member in members(config):
-        shared = [key for key in member if key.startswith(_SHARED)]
-        if shared:
-            raise ValueError(f"sweep: {', '.join(shared)} cannot differ between members, which share one base model, "
-                             "task and evaluation; launch one sweep for each value")
-        _validate_member(override(config, member))
-
-
-def _validate_member(config):
-    values = flat(config)
-    given = () if config.kl.budget is None else ("kl.budget",)
-    for key in (*_AT_LEAST_ONE, *_NOT_NEGATIVE, *_PARTS, *given):
-        value, low = values[key], 1 if key in _AT_LEAST_ONE else 0
-        if not math.isfinite(value) or value < low:
-            raise ValueError(f"{key}={value!r} must be a number of at least {low}")
-        if key in _PARTS and value > 1:
-            raise ValueError(f"{key}={value!r} must be at most 1")
-    if config.seed >= 2**31:
-        raise ValueError(f"seed={config.seed} must be less than 2**31")
-    if config.model.dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"model.dtype={config.model.dtype!r}: choose 'float32' or 'bfloat16'")
-    if config.policy.kind == "full" and config.model.dtype != "float32":
-        raise ValueError("policy.kind='full' with model.dtype='bfloat16': updates are smaller than a weight's "
-                         "resolution; use model.dtype='float32'")
-    if config.kl.placement == "full" and config.rl.discount != 1:
-        raise ValueError(f"kl.placement='full' with rl.discount={config.rl.discount}: its two halves would be "
-                         "discounted differently; use rl.discount=1.0, or estimator='k1' with placement='reward'")
-    if not 0 < config.policy.spend_init < 1:
-        raise ValueError(f"policy.spend_init={config.policy.spend_init!r} must lie strictly between 0 and 1")
-    if config.rl.episodes % config.rl.minibatches:
-        raise ValueError(f"rl.episodes={config.rl.episodes} must be a multiple of "
-                         f"rl.minibatches={config.rl.minibatches}")
-    estimators.check(config.kl.estimator, config.kl.placement)
-    for registry, name in ((policy.POLICIES, config.policy.kind), (losses.LOSSES, config.rl.loss),
-                           (advantages.ADVANTAGES, config.rl.advantage), (envs.ENVIRONMENTS, config.env.name),
-                           (rewards.REWARDS, config.reward.name)):
-        registry[name]  # noqa: B018 - raises for an unknown name
-    shapes = weights.load_config(config.model.path, config.model.dtype)
-    if config.policy.layers > shapes.layers:
-        raise ValueError(f"policy.layers={config.policy.layers}: the model has {shapes.layers} layers")
-    if config.env.length > shapes.max_position:
-        raise ValueError(f"env.length={config.env.length}: longer than the model's context of {shapes.max_position}")

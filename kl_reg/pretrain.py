@@ -1,8 +1,9 @@
-"""Next-token prediction on human conversation: makes the embedded base model."""
+"""Next-token prediction on human conversation: makes the embedded base model, and ensembles of its like."""
 from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import os
 import pathlib
@@ -23,7 +24,11 @@ from kl_reg.analysis.price import price_of_script
 from kl_reg.metrics import progress_bar
 from kl_reg.models import decoder, tokenizer, weights
 
-_RESUMABLE = ("steps", "decay", "output", "eval_every")      # may change when a training is resumed
+_RESUMABLE = ("steps", "decay", "output", "eval_every", "members")      # may change when a training is resumed
+_SINGLE = {"members": 1, "bootstrap": False, "tokenizer": None}         # where a configuration does not name them
+_COUNTS = ("members", "vocab", "width", "layers", "heads", "kv_heads", "mlp_width", "context", "rows", "steps",
+           "warmup", "eval_every")
+_RATES = ("decay", "muon_learning_rate", "adam_learning_rate", "weight_decay")
 
 
 class State(NamedTuple):
@@ -68,76 +73,157 @@ def batches(documents: list[np.ndarray], seed: int, rows: int, length: int):
         left = left[count * rows * length:]
 
 
-def train(config: ConfigDict, workdir: pathlib.Path) -> pathlib.Path:
-    """Trains, resumes from `workdir` where it can, and writes the model folder `config.output` with its card.
+def resolve(config: ConfigDict) -> ConfigDict:
+    """The configuration with every setting: a single model without resampling where it does not say otherwise.
 
     Raises:
-        ImportError: chitchat-dataset is not installed.
-        FileExistsError: `workdir` holds another training.
+        ValueError: names the setting, its value and what is accepted.
     """
-    train_set, held_out, counts = chitchat.load()
-    kept = {key: value for key, value in config.to_dict().items() if key not in _RESUMABLE}
-    digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
-    checkpoint.claim(workdir, {"config": config.to_dict(), "fingerprint": digest})
-    tok = _tokenizer(config, train_set, workdir)
-    start = tok.token_to_id(tokenizer.START)
-    documents, held = ([np.array([start, *tokenizer.encode(tok, chitchat.transcript(c.turns))], np.int32) for c in part]
-                       for part in (train_set, held_out))
-    shapes = decoder.DecoderConfig(
+    config = ConfigDict(_SINGLE | config.to_dict())
+    known = {*_SINGLE, *_COUNTS, *_RATES, "seed", "output", "dtype"}
+    if set(config) != known:
+        raise ValueError(f"config: unknown settings {sorted({*config} - known)}, missing {sorted(known - {*config})}")
+    wrong = [f"{key}={config[key]!r} must be a whole number of at least 1" for key in _COUNTS
+             if not isinstance(config[key], int) or config[key] < 1]
+    wrong += [f"{key}={config[key]!r} must be a number of at least 0" for key in _RATES
+              if not 0 <= config[key] < np.inf]
+    for error in wrong or _misfits(config):
+        raise ValueError(error)
+    return config
+
+
+def _misfits(c):
+    embedded, least = c.tokenizer == "embedded", 256 + 1 + len(chitchat.SPEAKERS)
+    size = tokenizer.load(weights.model_folder("embedded")).get_vocab_size() if embedded else c.vocab
+    checks = {
+        f"tokenizer={c.tokenizer!r}: choose 'embedded', or None to train one": embedded or c.tokenizer is None,
+        f"vocab={c.vocab} must be at least {least}: bytes, start token and speakers": c.vocab >= least,
+        f"vocab={c.vocab}: tokenizer='embedded' has {size} tokens; use vocab={size}": c.vocab == size,
+        f"seed={c.seed}: the seeds of all members must lie in 0 ... 2**31 - 1": 0 <= c.seed <= 2**31 - c.members,
+        f"steps={c.steps}: too few; warmup={c.warmup}, decay={c.decay}": c.warmup + int(c.decay * c.steps) <= c.steps,
+        f"width={c.width} must be a multiple of 2 * heads, {2 * c.heads}": c.width % (2 * c.heads) == 0,
+        f"heads={c.heads} must be a multiple of kv_heads={c.kv_heads}": c.heads % c.kv_heads == 0,
+        f"dtype={c.dtype!r}: choose 'float32' or 'bfloat16'": c.dtype in ("float32", "bfloat16")}
+    return [error for error, right in checks.items() if not right]
+
+
+def shapes(config: ConfigDict) -> decoder.DecoderConfig:
+    """Of every model that this configuration trains."""
+    return decoder.DecoderConfig(
         vocab=config.vocab, width=config.width, layers=config.layers, heads=config.heads, kv_heads=config.kv_heads,
         head_width=config.width // config.heads, mlp_width=config.mlp_width,
         max_position=config.context, dtype=config.dtype)
-    state = _fit(config, shapes, documents, held, workdir)
-    output = pathlib.Path(config.output)
-    weights.save(output, shapes, state.params)
-    tok.save(str(output / "tokenizer.json"))
-    with open(output / "held_out.jsonl", "w") as file:
-        file.writelines(json.dumps(c._asdict(), ensure_ascii=False) + "\n" for c in held_out)
-    licence = importlib.metadata.distribution("chitchat-dataset").read_text("LICENSE")
-    (output / "held_out.LICENSE").write_text(licence)
-    _write_card(config, output, held_out, len(documents), sum(map(len, documents)), float(state.seconds), counts)
-    return output
+
+
+def resample(count: int, seed: int) -> np.ndarray:
+    """Indices [count] of a bootstrap resample (Efron 1979), with replacement; not the stream that orders `batches`."""
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(1,))).integers(count, size=count)
+
+
+def train(config: ConfigDict, workdir: pathlib.Path, command: str) -> list[pathlib.Path]:
+    """Trains the members, resumes from `workdir` where it can, and gives their model folders, each with its card.
+
+    A single model is written to `config.output`; several to `config.output`/<k>, described by
+    `config.output`/ensemble.json. Member k has the seed `config.seed` + k (initialisation, order of the batches, and
+    the resample of the training conversations where `config.bootstrap` is true), and is the model that a single
+    training with that seed gives. Tokenizer, shapes and held-out conversations are those of all.
+
+    Args:
+        command: what started the training, for the cards.
+
+    Raises:
+        ValueError: a setting is wrong.
+        ImportError: chitchat-dataset is not installed.
+        FileExistsError: `workdir` holds another training.
+    """
+    config = resolve(config)
+    data = chitchat.load()
+    kept = {key: value for key, value in config.to_dict().items() if key not in _RESUMABLE}
+    kept["ensemble"] = config.members > 1
+    digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
+    checkpoint.claim(workdir, {"config": config.to_dict(), "fingerprint": digest})
+    tok = _tokenizer(config, data[0], workdir)
+    folders = [_member(config, k, data, tok, workdir, command) for k in range(config.members)]
+    if config.members > 1:
+        cards = {folder: json.loads((folder / "card.json").read_text()) for folder in folders}
+        members = [{"folder": folder.name, "seed": card["seed"], "digest": weights.digest(folder),
+                    "held_out_nats_per_token": card["nats_per_token"]} for folder, card in cards.items()]
+        index = json.dumps({"bootstrap": config.bootstrap, "members": members}, indent=2)
+        pathlib.Path(config.output, "ensemble.json").write_text(index + "\n")
+    return folders
 
 
 def _tokenizer(config, train_set, workdir):
     path = workdir / "tokenizer.json"
     if not path.exists():
         texts = (chitchat.transcript(c.turns) for c in train_set)
-        tokenizer.train(texts, config.vocab, chitchat.SPEAKERS).save(str(path))
+        tok = (tokenizer.load(weights.EMBEDDED) if config.tokenizer == "embedded" else
+               tokenizer.train(texts, config.vocab, chitchat.SPEAKERS))
+        tok.save(str(path))
     return tokenizer.load(workdir)
 
 
-def _fit(config, shapes, documents, held, workdir):
-    optim = optimizer(config)
+def _member(config, k, data, tok, workdir, command):
+    """Member k, trained unless it is finished; `workdir` is that of all."""
+    single, seed = config.members == 1, config.seed + k
+    part, name = ("", "pretrain") if single else (str(k), f"member {k} ({k + 1} of {config.members})")
+    workdir, output = workdir / part, pathlib.Path(config.output) / part
+    record, ended = workdir / "finished.json", {"steps": config.steps, "decay": config.decay}
+    if record.exists() and (output / "card.json").exists() and (
+            json.loads(record.read_text()) == ended | {"digest": weights.digest(output)}):
+        return output
+    train_set, held_out, counts = data
+    used = resample(len(train_set), seed) if config.bootstrap else np.arange(len(train_set))
+    documents, held = [_ids(tok, train_set[i]) for i in used], [_ids(tok, c) for c in held_out]
+    state = _fit(config, seed, documents, held, workdir, name)
+    weights.save(output, shapes(config), state.params)
+    tok.save(str(output / "tokenizer.json"))
+    with open(output / "held_out.jsonl", "w") as file:
+        file.writelines(json.dumps(c._asdict(), ensure_ascii=False) + "\n" for c in held_out)
+    licence = importlib.metadata.distribution("chitchat-dataset").read_text("LICENSE")
+    (output / "held_out.LICENSE").write_text(licence)
+    made = {"command": command, "member": None if single else k, "seed": seed, "bootstrap": config.bootstrap,
+            "tokenizer": config.tokenizer, "train_conversations": len(used), "train_tokens": sum(map(len, documents)),
+            "train_conversations_distinct": len(np.unique(used)), **counts, "minutes": float(state.seconds) / 60}
+    _write_card(config, output, held_out, held, made)
+    record.write_text(json.dumps(ended | {"digest": weights.digest(output)}) + "\n")
+    return output
+
+
+def _ids(tok, conversation):
+    text = tokenizer.START + chitchat.transcript(conversation.turns)
+    return np.array(tokenizer.encode(tok, text), np.int32)
+
+
+def _fit(config, seed, documents, held, workdir, name):
+    optim, model = optimizer(config), shapes(config)
 
     @partial(jax.jit, donate_argnums=0)
     def step(state, tokens):
-        value, grads = jax.value_and_grad(partial(loss, shapes))(state.params, tokens)
+        value, grads = jax.value_and_grad(partial(loss, model))(state.params, tokens)
         updates, opt_state = optim.update(grads, state.opt_state, state.params)
         return state._replace(params=optax.apply_updates(state.params, updates), opt_state=opt_state,
                               step=state.step + 1), value
 
-    params = decoder.init(shapes, jax.random.key(config.seed))
+    params = decoder.init(model, jax.random.key(seed))
     state = State(params, optim.init(params), jnp.int32(0), jnp.float32(0))
-    manager = ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=ocp.CheckpointManagerOptions(
-        max_to_keep=1, save_interval_steps=config.eval_every))
-    if manager.latest_step() is not None:
-        state = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(state))
-    data = batches(documents, config.seed, config.rows, config.context + 1)
-    for _ in range(int(state.step)):
-        next(data)
-    valid = jax.jit(partial(loss, shapes))
-    windows = next(batches(held, 0, 64, config.context + 1))
-    began, spent = time.monotonic(), float(state.seconds)
-    with progress_bar("pretrain", config.steps, int(state.step)) as bar:
+    options = ocp.CheckpointManagerOptions(max_to_keep=1, save_interval_steps=config.eval_every)
+    with (ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options) as manager,
+          progress_bar(name, config.steps, manager.latest_step() or 0) as bar):
+        if manager.latest_step() is not None:
+            state = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(state))
+        bar.log(f"{name}: seed {seed}, from step {int(state.step)} to {config.steps}")
+        data = itertools.islice(batches(documents, seed, config.rows, config.context + 1), int(state.step), None)
+        valid = jax.jit(partial(loss, model))
+        windows = next(batches(held, 0, 64, config.context + 1))
+        began, spent = time.monotonic(), float(state.seconds)
         for i in range(int(state.step) + 1, config.steps + 1):
             state, value = step(state, jnp.asarray(next(data)))
             bar.step(train=value)
             if i % config.eval_every == 0 or i == config.steps:
                 state = state._replace(seconds=jnp.float32(spent + time.monotonic() - began))
-                bar.log(f"step {i}: held-out {valid(state.params, windows):.3f} nats per token")
+                bar.log(f"{name}: step {i}, held-out {valid(state.params, windows):.3f} nats per token")
                 manager.save(i, args=ocp.args.StandardSave(state), force=i == config.steps)
-    manager.wait_until_finished()
     return state
 
 
@@ -150,53 +236,56 @@ def held_out_loss(model: weights.Model, documents: list[np.ndarray], context: in
     return float(np.average([value(model.params, jnp.asarray(part)) for part in parts], weights=list(map(len, parts))))
 
 
-def _write_card(config, output, held_out, documents, tokens, seconds, counts):
+def _write_card(config, output, held_out, held, made):
+    """Measures the model in `output` on the held-out conversations; `made` is what the card says of its making."""
     model = weights.load(str(output))
-    tok = tokenizer.load(output)
-    texts = [chitchat.transcript(c.turns) for c in held_out]
-    ids = [np.array([tok.token_to_id(tokenizer.START), *tokenizer.encode(tok, text)]) for text in texts]
-    nats = held_out_loss(model, ids, config.context)
-    chars = sum(map(len, texts)) / sum(map(len, ids))
-    count = sum(x.size for x in jax.tree.leaves(model.params))
+    nats = held_out_loss(model, held, config.context)
+    chars = sum(len(chitchat.transcript(c.turns)) for c in held_out) / sum(map(len, held))
     openings = [c.turns[:2] for c in held_out if sum(map(len, c.turns[:2])) < 160]
     silence, reached = price_of_script(model, openings, "", turns=10, episodes=512, seed=0)
     card = {
         "data": "chitchat-dataset 0.9.0 (BYU PCC lab), MIT", "licence": "Apache-2.0 (weights); MIT (held_out.jsonl)",
-        "parameters": count, "context": config.context, "train_conversations": documents, "train_tokens": tokens,
-        "held_out_conversations": len(held_out), **counts,
-        "human_turns": sum(len(c.turns) for c in held_out),
+        **made, "parameters": sum(x.size for x in jax.tree.leaves(model.params)), "context": config.context,
+        "held_out_conversations": len(held_out), "human_turns": sum(len(c.turns) for c in held_out),
         "human_empty_turns": sum(not turn for c in held_out for turn in c.turns),
         "nats_per_token": nats, "bits_per_character": nats / np.log(2) / chars, "characters_per_token": chars,
         "steps": config.steps, "tokens_seen": config.steps * config.rows * config.context,
-        "minutes": seconds / 60, "machine": f"{os.cpu_count()} cores ({platform.machine()}), {jax.device_count()} x "
+        "machine": f"{os.cpu_count()} cores ({platform.machine()}), {jax.device_count()} x "
         f"{jax.devices()[0].device_kind}", "price_of_silence_nats": [round(float(x), 3) for x in silence],
         "price_of_silence_episodes": reached}
-    (output / "card.json").write_text(json.dumps(card, indent=2) + "\n")
     (output / "README.md").write_text(_card_text(card))
+    (output / "card.json").write_text(json.dumps(card, indent=2) + "\n")
 
 
 def _card_text(card):
     price = card["price_of_silence_nats"]
-    cheaper = price[-1] < 0.5 * price[0]
-    verdict = ("It gets cheaper with repetition: the model continues the pattern." if cheaper else
+    verdict = ("No transcript has that many turns." if not card["price_of_silence_episodes"] else
+               "It gets cheaper with repetition: the model continues the pattern." if price[-1] < 0.5 * price[0] else
                "It does not get much cheaper with repetition: this model is too weak to continue the pattern, so it\n"
                "cannot show the paper's cheap silence.")
-    return f"""# The embedded base model
+    title = "The embedded base model" if card["member"] is None else f"Imitator {card['member']} of an ensemble"
+    used, by_seed = f"{card['train_conversations']:,} conversations", "initialisation, order of the batches"
+    if card["bootstrap"]:
+        used = f"{used} drawn with replacement, {card['train_conversations_distinct']:,} of them distinct"
+        by_seed = f"{by_seed}, draw of the conversations"
+    return f"""# {title}
 
 A Llama-style decoder of {card['parameters']:,} parameters (bfloat16), context {card['context']} tokens, byte-level BPE.
-Made by `python -m launch.pretrain --config=configs/pretrain_chitchat.py`. It is a small, real model of human small talk
+Made by `{card['command']}`. It is a small, real model of human small talk
 for experiments on KL-regularised RL, and of no use as a chat model.
 
 | | |
 |---|---|
 | data | {card['data']}: {card['conversations']:,} conversations, {card['messages']:,} messages |
-| used | those with at least two turns: {card['train_conversations']:,} conversations, {card['train_tokens']:,} tokens |
+| used | those with at least two turns: {used}, {card['train_tokens']:,} tokens |
 | held out | {card['held_out_conversations']} conversations, chosen by a hash of their identifier (`held_out.jsonl`) |
 | format | one turn a line, speakers `A:` and `B:`, consecutive messages of one speaker joined |
+| tokenizer | {'that of the embedded model' if card['tokenizer'] else 'trained on all training conversations'} |
 | empty human messages | {card['empty_messages']} of {card['messages']:,} |
 | empty human turns, held out | {card['human_empty_turns']} of {card['human_turns']:,} |
 | held-out loss | {card['nats_per_token']:.3f} nats per token, {card['bits_per_character']:.3f} bits per character \
 ({card['characters_per_token']:.2f} characters per token) |
+| seed | {card['seed']} ({by_seed}) |
 | training | {card['steps']:,} steps, {card['tokens_seen']:,} tokens, {card['minutes']:.0f} minutes on \
 {card['machine']} |
 | licence | {card['licence']} |

@@ -7,17 +7,19 @@ neither batch size nor neighbours, up to the rounding of matrix products of anot
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kl_reg.kl.budget import finite, remaining, tilt
-from kl_reg.kl.exact import TokenTerms, token_terms
+from kl_reg import choice
+from kl_reg.kl import budget
+from kl_reg.kl.budget import Caps
+from kl_reg.kl.exact import TokenTerms
 from kl_reg.models.actor import Situation
-from kl_reg.models.policy import Policy, Reading
-from kl_reg.types import AGENT, FORCED, OPENING, PAD, Episodes, Openings, Transcript
+from kl_reg.types import AGENT, FORCED, OPENING, PAD, Episodes, Frozen, Openings, Transcript
 
 _BLOCK = 64
 
@@ -42,30 +44,20 @@ def _first_above(cumulative, target):
     return jnp.minimum((cumulative <= target).sum(), (cumulative < cumulative[-1]).sum())
 
 
-def constrain(reading: Reading, budget: Float[Array, ""], spent: Float[Array, ""], constrained: bool
-              ) -> tuple[Float[Array, " v"], Float[Array, " v"]]:
-    """The policy's logits [v] and the base's log-probabilities [v] of one row; the sampler and the scorer share this.
-
-    With a budget, the neuron's part of what is left is the token's allowance and the proposal is tilted to it.
-    """
-    log_base = jax.nn.log_softmax(reading.base_logits)
-    if not constrained:
-        return log_base + reading.gap, log_base
-    allowance = reading.spend * remaining(budget, spent)
-    gap = finite(reading.gap)
-    return log_base + tilt(gap, allowance, log_base) * gap, log_base
-
-
 class Step(NamedTuple):
     """What one position of the loop records, [m, b] each."""
 
     role: Array
     turn: Array
     token: Array
+    part: Array
+    kept: Array | None
     terms: TokenTerms
+    floor: Array
     value: Array
     spent_before: Array
     features: object
+    seen: object
 
 
 def member_keys(seed: Int[Array, " m"], iteration: Int[Array, " m"]) -> Array:
@@ -73,45 +65,57 @@ def member_keys(seed: Int[Array, " m"], iteration: Int[Array, " m"]) -> Array:
     return jax.vmap(lambda s, i: jax.random.fold_in(jax.random.key(s), i))(seed, iteration)
 
 
-def rollout(policy: Policy, env, params, base, budget: Float[Array, " m"], keys: Array, first: Int[Array, " m"],
-            episodes: int, constrained: bool) -> Episodes:
-    """Samples `episodes` episodes for each member.
+def rollout(program, params, memory, frozen: Frozen, caps: Caps, keys: Array, first: Int[Array, " m"]) -> Episodes:
+    """Samples `program.episodes` episodes for each member.
 
     Args:
-        policy, env: static; `env` gives reset, turn, observe, openings and length.
-        params: of the policy, a leading member axis.
-        base: frozen base parameters.
-        budget: nats per episode of each member; infinite: none. Only looked at when `constrained`.
+        program: static.
+        params, memory: of the policy and of the reference, a leading member axis.
+        caps: of each member [m]; only looked at when the program is constrained.
         keys: one a member (`member_keys`).
         first: index of each member's first episode: parts of a larger batch are sampled as the whole would be.
-        constrained: whether a hard budget is applied.
 
     Returns:
         Episodes [m, b, ...]; the agent stream has room for every token of the episode.
     """
-    keys = jax.vmap(lambda key, i: jax.vmap(jax.random.fold_in, (None, 0))(key, i + jnp.arange(episodes)))(keys, first)
+    policy, env, reference, count = program.policy, program.env, program.reference, program.episodes
+    keys = jax.vmap(lambda key, i: jax.vmap(jax.random.fold_in, (None, 0))(key, i + jnp.arange(count)))(keys, first)
     openings = _choose_openings(env.openings, keys)
     width = openings.tokens.shape[-1]
-    state = policy.prefill(params, base, openings.tokens[..., :-1], openings.start, width + env.length - 1)
-    env_state = jax.tree.map(lambda x: jnp.broadcast_to(x, (*keys.shape, *x.shape)), env.reset())
+    slots = width + env.length - 1
+    caps = jax.tree.map(lambda x: jnp.broadcast_to(x[:, None], keys.shape), caps)
 
     def step(carry, position):
-        token, spent, env_state, state = carry
-        features, state = policy.decode(params, base, token, openings.start, width - 1 + position, state)
-        whole = jnp.broadcast_to(budget[:, None], spent.shape)
-        situation = Situation(remaining(whole, spent), whole, jnp.full(spent.shape, position / env.length))
+        token, over, ledger, env_state, state, ref_state = carry
+        at = openings.start, width - 1 + position
+        features, state = policy.decode(params, frozen.base, token, *at, state)
+        seen, ref_state = reference.decode(memory, frozen, token, *at, ref_state)
         role, forced = _twice(env.turn)(env_state)
-        reading = jax.vmap(policy.read, in_axes=(0, None, 0, 0))(params, base, features, situation)
-        draw = _twice(lambda *row: _draw(*row, position, constrained))
-        token, terms = draw(reading, situation.budget, spent, role, keys)
-        token = jnp.where(role == FORCED, forced, token)
-        out = Step(role, env_state.turn, token, terms, reading.value, spent, features)
-        spent = spent + jnp.where(role == AGENT, terms.kl, 0.0)
-        return (token, spent, _twice(env.observe)(env_state, token), state), out
+        agent = (role == AGENT) & ~over
+        ledger = budget.enter(ledger, jnp.where(agent, env_state.turn, ledger.turn))
+        left = budget.left(caps, ledger, program.carry)
+        situation = Situation(left, caps.smallest(), jnp.full(left.shape, position / env.length))
+        reading = jax.vmap(policy.read, (0, None, 0, 0))(params, frozen.base, features, situation)
+        measure = jax.vmap(reference.read, (0, None, 0, 0, 0, 0))(memory, frozen, features, seen, situation, reading)
+        if program.constrained and not reference.proper:
+            over |= agent & (left < measure.floor)
+        role = jnp.where(over, PAD, role)
+        token, part, kept, terms, cost = _twice(partial(_draw, program, position))(
+            reading, measure._replace(models=None), left, role, keys)
+        token = jnp.where(role == FORCED, forced, jnp.where(over, 0, token))
+        out = Step(role, jnp.where(over, -1, env_state.turn), token, part, kept, terms, measure.floor, reading.value,
+                   ledger.spent, features, seen)
+        ledger = budget.charge(ledger, cost, role == AGENT)
+        ref_state = reference.observe(ref_state, measure, token)
+        return (token, over, ledger, _twice(env.observe)(env_state, token), state, ref_state), out
 
-    first = (openings.tokens[..., -1], jnp.zeros(keys.shape), env_state, state)
-    _, steps = jax.lax.scan(step, first, jnp.arange(env.length))
-    return _collect(openings, jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2), steps))
+    env_state = jax.tree.map(lambda x: jnp.broadcast_to(x, (*keys.shape, *x.shape)), env.reset())
+    state = policy.prefill(params, frozen.base, openings.tokens[..., :-1], openings.start, slots)
+    ref_state = reference.prefill(memory, frozen, openings.tokens, openings.start, slots)
+    carry = (openings.tokens[..., -1], jnp.zeros(keys.shape, bool), budget.open_ledger(keys.shape), env_state, state,
+             ref_state)
+    (_, asked, *_), steps = jax.lax.scan(step, carry, jnp.arange(env.length))
+    return _collect(openings, jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2), steps), asked)
 
 
 def _twice(function: Callable) -> Callable:
@@ -128,17 +132,22 @@ def _choose_openings(openings: Openings, keys) -> Openings:
     return Openings(jnp.asarray(openings.tokens)[index], jnp.asarray(openings.start)[index])
 
 
-def _draw(reading, budget, spent, role, key, position, constrained):
-    """The next token of one row, by the agent or by the base, and what it costs as an agent's token."""
-    agent = role == AGENT
-    spent = jnp.where(agent, spent, -jnp.inf)      # nobody else's tokens are constrained: their tilt takes no steps
-    logits, log_base = constrain(reading, budget, spent, constrained)
-    log_probs = jnp.where(agent, jax.nn.log_softmax(logits), log_base)
-    token = inverse_cdf(log_probs, jax.random.uniform(jax.random.fold_in(key, position)))
-    return token, token_terms(logits, log_base, token)
+def _draw(program, position, reading, measure, left, role, key):
+    """The next token of one row, by the agent or by the base model; how the agent's was limited and what it costs."""
+    agent, key = role == AGENT, jax.random.fold_in(key, position)
+    part = choice.part_of(program, reading.spend, choice.draw_part(program, reading.spend, key), position)
+    kept = choice.pack(program, measure.log_probs)
+    # Nobody else's tokens are constrained: without a limit their tilt takes no steps.
+    free = measure._replace(floor=jnp.where(agent, measure.floor, 0.0))
+    chosen = choice.constrain(program, free, kept, jnp.where(agent, left, jnp.inf), jnp.where(agent, part, 1.0))
+    log_probs = jnp.where(agent, jax.nn.log_softmax(chosen.logits), choice.base_log_probs(program, reading.base_logits))
+    token = inverse_cdf(log_probs, jax.random.uniform(key))
+    terms, cost = choice.terms_of(program, chosen, token)
+    terms = terms._replace(log_prob=terms.log_prob + choice.part_log_prob(program, reading.spend, part))
+    return token, part, kept, terms, cost
 
 
-def _collect(openings, steps):
+def _collect(openings, steps, asked):
     """Transcript and agent stream from the steps [m, b, t]."""
     written = jax.vmap(jax.vmap(lambda start: jnp.arange(openings.tokens.shape[-1]) >= start))(openings.start)
     roles = jnp.concatenate([jnp.where(written, OPENING, PAD), steps.role], axis=-1)
@@ -149,9 +158,11 @@ def _collect(openings, steps):
     take = lambda x: jnp.take_along_axis(x, order.reshape(*order.shape, *[1] * (x.ndim - 3)), axis=2)  # noqa: E731
     mask = take(agent)
     zero = lambda x: jnp.where(mask, take(x), 0.0)  # noqa: E731
-    terms = steps.terms
+    terms = jax.tree.map(zero, steps.terms)
     return Episodes(
-        Transcript(tokens, roles, turns, openings.start), jax.tree.map(take, steps.features),
-        jnp.where(mask, order + openings.tokens.shape[-1], 0), jnp.where(mask, take(steps.token), 0), mask,
-        zero(terms.log_prob), zero(terms.log_ratio), zero(terms.kl), zero(terms.entropy), zero(steps.value),
-        zero(steps.spent_before))
+        transcript=Transcript(tokens, roles, turns, openings.start), features=jax.tree.map(take, steps.features),
+        reference=jax.tree.map(take, steps.seen), kept=jax.tree.map(take, steps.kept),
+        slot=jnp.where(mask, order + openings.tokens.shape[-1], 0), action=jnp.where(mask, take(steps.token), 0),
+        part=zero(steps.part), mask=mask, log_prob=terms.log_prob, log_ratio=terms.log_ratio, kl=terms.kl,
+        forward_kl=terms.forward_kl, entropy=terms.entropy, floor=zero(steps.floor), value=zero(steps.value),
+        spent_before=zero(steps.spent_before), asked=asked)

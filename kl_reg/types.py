@@ -5,10 +5,12 @@ episode in order (its *agent stream*), v vocabulary, d model width.
 """
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 PAD, OPENING, FORCED, AGENT, STUDENT = range(5)
 """Who wrote a slot: nobody, the configuration, the environment (a speaker prefix), the policy, the base model."""
@@ -30,31 +32,74 @@ class Transcript(NamedTuple):
     start: Int[Array, " b"]         # first slot that is no padding
 
 
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn, by whomever: sampler, scorer and reference all read the same object.
+
+    Logits are divided by `temperature`. Truncation keeps a set of tokens that the *reference* alone decides, and both
+    distributions are renormalised on it: on the policy's own set a policy that is sure of one token would pay no KL.
+    Where several truncations are given, a token must pass each.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0              # the k most probable tokens, ties included; 0: all
+    top_p: float = 1.0          # the most probable tokens whose predecessors hold less than this; 1: all
+    min_p: float = 0.0          # tokens of at least this part of the largest probability; 0: all
+
+    @property
+    def truncates(self) -> bool:
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
+    def keep(self, log_probs: Float[Array, " v"]) -> Bool[Array, " v"]:
+        """Which tokens of the reference's distribution can be drawn; always the most probable one."""
+        kept = log_probs >= log_probs.max() + (jnp.log(self.min_p) if self.min_p > 0 else -jnp.inf)
+        if self.top_k > 0:
+            kept &= log_probs >= jax.lax.top_k(log_probs, min(self.top_k, len(log_probs)))[0][-1]
+        if self.top_p < 1:
+            ordered = jnp.sort(log_probs)[::-1]
+            before = jnp.cumsum(jnp.exp(ordered)) - jnp.exp(ordered)
+            kept &= log_probs >= jnp.where(before < self.top_p, ordered, jnp.inf).min()
+        return kept
+
+
 class Episodes(NamedTuple):
     """A batch of episodes with its agent stream, as recorded when it was sampled.
 
-    `mask` marks the agent tokens that exist; `slot` is where each stands in the transcript. `spent_before` is the
-    budget ledger: nats spent on the agent tokens before this one.
+    `mask` marks the agent tokens that exist; `slot` is where each stands in the transcript. KL is to the reference, at
+    the sampling temperature. `spent_before` is the budget ledger: nats charged for the agent tokens before this one.
     """
 
     transcript: Transcript
     features: object                       # what the policy reads at each agent token: a pytree of [b, k, ...]
+    reference: object                      # what the reference reads there
+    kept: UInt8[Array, "b k w"] | None     # the tokens that could be drawn, a bit each; None: all
     slot: Int[Array, "b k"]
     action: Int[Array, "b k"]
+    part: Float[Array, "b k"]              # of what is left of the budget, allowed for this token
     mask: Bool[Array, "b k"]
     log_prob: Float[Array, "b k"]          # of the action, under the policy that drew it
-    log_ratio: Float[Array, "b k"]         # log pi - log beta of the action, nats
-    kl: Float[Array, "b k"]                # exact D(pi || beta), nats per token
+    log_ratio: Float[Array, "b k"]         # log pi - log ref of the action, nats
+    kl: Float[Array, "b k"]                # exact D(pi || ref), nats per token, its floor included
+    forward_kl: Float[Array, "b k"]        # exact D(ref || pi), nats per token; 0 unless the direction is forward
     entropy: Float[Array, "b k"]           # nats per token
+    floor: Float[Array, "b k"]             # -log of the reference's mass, nats: 0 for a proper distribution
     value: Float[Array, "b k"]
     spent_before: Float[Array, "b k"]
+    asked: Bool[Array, " b"]               # whether it ended by asking for help: the floor was above what was left
 
 
 class Hyper(NamedTuple):
     """What a sweep may vary without a recompilation: traced scalars, one of each a member."""
 
-    kl_coef: Float[Array, ""]              # reward units per nat
+    kl_coef: Float[Array, ""]              # reward units per nat; where a controller starts
+    kl_target: Float[Array, ""]            # nats per episode, of a controller
+    kl_horizon: Float[Array, ""]           # episodes, of Ziegler's controller
+    kl_rate: Float[Array, ""]              # step of log coefficient per iteration and unit of relative error
+    kl_gain: Float[Array, ""]              # proportional gain of the PI controller, on the same error
+    kl_final: Float[Array, ""]             # coefficient at the end of a schedule
     kl_budget: Float[Array, ""]            # nats per episode; infinite: none
+    kl_turn_budget: Float[Array, ""]       # nats per turn of the agent; infinite: none
+    kl_token_budget: Float[Array, ""]      # nats per token of the agent; infinite: none
     learning_rate: Float[Array, ""]
     clip: Float[Array, ""]
     entropy_coef: Float[Array, ""]
@@ -70,6 +115,15 @@ class TrainState(NamedTuple):
     opt_state: object
     seed: Int[Array, ""]
     iteration: Int[Array, ""]
+    controller: object = ()                # of the KL coefficient
+    reference: object = ()                 # what an adaptive reference remembers of the policy
+
+
+class Frozen(NamedTuple):
+    """Parameters that training never changes: the base model's, and those of the reference where it has its own."""
+
+    base: object
+    reference: object = ()
 
 
 class WeightedMetric(NamedTuple):

@@ -1,8 +1,13 @@
-"""Trains the embedded base model on human conversation and writes its assets folder; resumes where it stopped.
+"""Trains base models on human conversation and writes their folders; resumes where it stopped.
 
     python -m launch.pretrain --config=configs/pretrain_chitchat.py [--workdir=runs/pretrain]
+
+With configs/pretrain_ensemble.py: an ensemble of imitators.
 """
+import json
 import pathlib
+import shlex
+import sys
 
 from absl import app, flags
 from ml_collections import config_flags
@@ -17,7 +22,13 @@ flags.mark_flag_as_required("config")
 def main(argv):
     from kl_reg import pretrain
 
-    print(command.guarded(argv, lambda: pretrain.train(CONFIG.value, pathlib.Path(WORKDIR.value))))
+    call = shlex.join(["python", "-m", "launch.pretrain", *sys.argv[1:]])
+    folders = command.guarded(argv, lambda: pretrain.train(CONFIG.value, pathlib.Path(WORKDIR.value), call))
+    for folder in folders:
+        card = json.loads((folder / "card.json").read_text())
+        print(f"{folder}  {card['nats_per_token']:.3f} nats per token, held out")
+    if len(folders) > 1:
+        print(folders[0].parent / "ensemble.json")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import math
 import pytest
 
 from kl_reg import config as configs
+from kl_reg import validation
 from kl_reg.types import Hyper
 
 
@@ -68,26 +69,26 @@ def test_the_fingerprint_moves_with_results_only(config):
     ("model.path", "/nowhere", "/nowhere"), ("reward.name", "no.such.reward", "cannot be imported")])
 def test_a_bad_setting_is_one_error_that_names_it(config, key, value, says):
     with pytest.raises((ValueError, FileNotFoundError), match=says.replace(".", r"\.")):
-        configs.validate(configs.override(config, {key: value}))
+        validation.validate(configs.override(config, {key: value}))
 
 
 def test_an_unknown_swept_setting_lists_what_exists(config):
     config.sweep = [{"kl.coeff": (0.1,)}]
     with pytest.raises(ValueError, match=r"'kl\.coeff'.*kl\.coef"):
-        configs.validate(config)
+        validation.validate(config)
 
 
 def test_a_swept_value_of_the_wrong_type_is_refused(config):
     config.sweep = [{"kl.coef": ("much",)}]
     with pytest.raises(ValueError, match=r"kl\.coef='much'"):
-        configs.validate(config)
+        validation.validate(config)
 
 
 def test_a_setting_that_the_schema_lacks_is_refused(config):
     with config.unlocked():
         config.kl.extra = 1
     with pytest.raises(ValueError, match=r"unknown settings \['kl\.extra'\]"):
-        configs.validate(config)
+        validation.validate(config)
 
 
 @pytest.mark.parametrize("key, value", [("model.path", "embedded"), ("env.length", 8), ("reward.name", "vader"),
@@ -95,15 +96,25 @@ def test_a_setting_that_the_schema_lacks_is_refused(config):
 def test_what_members_share_cannot_be_swept(config, key, value):
     config.sweep = [{key: (value,), "seed": (0,)}]
     with pytest.raises(ValueError, match=rf"sweep: {key.replace('.', '[.]')} cannot differ"):
-        configs.validate(config)
+        validation.validate(config)
 
 
 @pytest.mark.parametrize("changes, says", [
-    ({"rl.discount": 0.9}, "discounted differently"), ({"model.dtype": "bf16"}, "'bfloat16'"),
+    ({"rl.discount": 0.9, "kl.coef": 0.1}, "discounted differently"),
+    ({"kl.temperature": 0.7}, "drawn at one temperature"), ({"kl.spend": "all"}, "kl.spend='all' is unknown"),
+    ({"kl.spend": "greedy"}, "without a budget"), ({"kl.carry": True}, "no effect without kl.turn_budget"),
+    ({"kl.controller": "pi"}, "kl.coef=0.0 must be positive for kl.controller='pi'"),
+    ({"kl.controller": "pid"}, "lagrangian"), ({"kl.turn_budget": -1.0}, "kl.turn_budget=-1.0"),
+    ({"sampling.temperature": 0.0}, "must be a positive number"), ({"sampling.top_p": 0.0}, "in \\(0, 1\\]"),
+    ({"reference.name": "best"}, "pessimistic"), ({"reference.name": "checkpoint"}, "give one"),
+    ({"reference.paths": ("x",)}, "give none"), ({"reference.name": "mixture", "reference.paths": ("x",)}, "or more"),
+    ({"reference.cut": "top"}, "best, cumulative"), ({"reference.alpha": 2.0}, "at most 1"),
+    ({"reference.name": "checkpoint", "reference.paths": ("embedded",)}, "another tokenizer"),
+    ({"kl.estimator": "3"}, "ambiguous"), ({"model.dtype": "bf16"}, "'bfloat16'"),
     ({"policy.kind": "full", "model.dtype": "bfloat16"}, "resolution"), ({"seed": 2**31}, "less than")])
 def test_unsound_combinations_are_refused(config, changes, says):
     with pytest.raises(ValueError, match=says):
-        configs.validate(configs.override(config, changes))
+        validation.validate(configs.override(config, changes))
 
 
 def test_the_fingerprint_knows_what_the_settings_only_name(config):

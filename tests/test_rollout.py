@@ -25,7 +25,7 @@ from kl_reg import rollout
 from kl_reg.models import decoder, weights
 from kl_reg.training import program as programs
 from kl_reg.training import step
-from kl_reg.types import AGENT, FORCED, OPENING, STUDENT, Episodes, Hyper, Openings
+from kl_reg.types import AGENT, FORCED, OPENING, STUDENT, Episodes, Frozen, Hyper, Openings
 
 BUDGETS = (0.0, 0.1, 3.0, 20.0)
 KINDS = [(kind, constrained) for kind in ("head", "full") for constrained in (False, True)]
@@ -98,6 +98,7 @@ class Case(NamedTuple):
     compiled: programs.Compiled
     pair: programs.Compiled     # of two episodes
     base: dict
+    frozen: Frozen
     fresh: dict                 # parameters as initialised
     params: dict                # perturbed
     hyper: Hyper
@@ -136,15 +137,15 @@ def case(tiny_folder):
         hyper = jax.tree.map(lambda x: jnp.broadcast_to(x, (4,)), hyper)
         if constrained:
             hyper = hyper._replace(kl_budget=jnp.array(BUDGETS))
-        state = compiled.init(model.params, jnp.arange(4))
+        state, frozen = compiled.init(model.params, jnp.arange(4), hyper), Frozen(model.params)
         params, keys = perturb(state.params, 0.5), rollout.member_keys(state.seed, jnp.full(4, 7))
-        episodes = compiled.sample(params, hyper, model.params, keys, jnp.zeros(4, jnp.int32))
+        episodes = compiled.sample(params, (), hyper, frozen, keys, jnp.zeros(4, jnp.int32))
         pair = programs.compile_program(program._replace(episodes=2))
 
         def score(params, episodes, hyper):
-            return step.score(program, params, model.params, episodes, hyper, jnp.int32(24))
+            return step.score(program, params, (), frozen, episodes, step.caps_of(hyper), jnp.int32(24))
 
-        return Case(program, model.config, compiled, pair, model.params, state.params, params, hyper,
+        return Case(program, model.config, compiled, pair, model.params, frozen, state.params, params, hyper,
                     jax.jit(jax.vmap(score)), keys, episodes)
 
     return build
@@ -170,15 +171,15 @@ def test_scorer_agrees_with_the_sampler(each):
     episodes = each.episodes
     scores = each.score(each.params, episodes, each.hyper)
     assert np.abs(episodes.kl).max() > 0.05 and np.abs(episodes.value).max() > 0.01
-    for name, values in scores._asdict().items():
+    for name, values in (*scores.terms._asdict().items(), ("value", scores.value)):
         np.testing.assert_allclose(values, getattr(episodes, name), atol=1e-4, err_msg=name)
 
 
 def test_scorer_under_other_parameters(each):
     """Fresh parameters on what perturbed ones drew: no KL, and the log-probabilities are the base's."""
     scores = each.score(each.fresh, each.episodes, each.hyper)
-    np.testing.assert_allclose(scores.kl, 0.0, atol=1e-8)
-    np.testing.assert_allclose(scores.log_prob, each.episodes.log_prob - each.episodes.log_ratio, atol=1e-4)
+    np.testing.assert_allclose(scores.terms.kl, 0.0, atol=1e-8)
+    np.testing.assert_allclose(scores.terms.log_prob, each.episodes.log_prob - each.episodes.log_ratio, atol=1e-4)
 
 
 def test_kl_terms_are_consistent(each):
@@ -191,7 +192,7 @@ def test_kl_terms_are_consistent(each):
 
 def test_fresh_policy_is_the_base(each):
     """KL and log-ratios are zero, with any budget."""
-    episodes = each.compiled.sample(each.fresh, each.hyper, each.base, each.keys, jnp.zeros(4, jnp.int32))
+    episodes = each.compiled.sample(each.fresh, (), each.hyper, each.frozen, each.keys, jnp.zeros(4, jnp.int32))
     assert float(episodes.kl.max()) <= 1e-10
     np.testing.assert_allclose(episodes.log_ratio, 0.0, atol=2e-5)
 
@@ -200,7 +201,8 @@ def test_fresh_policy_is_the_base(each):
 def test_no_episode_spends_more_than_its_budget(budgeted, size):
     """However far the proposal is off, and whatever the neuron says."""
     params = perturb(budgeted.fresh, size, seed=1)
-    episodes = budgeted.compiled.sample(params, budgeted.hyper, budgeted.base, budgeted.keys, jnp.zeros(4, jnp.int32))
+    episodes = budgeted.compiled.sample(params, (), budgeted.hyper, budgeted.frozen, budgeted.keys,
+                                        jnp.zeros(4, jnp.int32))
     spent = np.float64(episodes.kl).sum(-1)
     for budget, paths in zip(BUDGETS, spent, strict=True):
         assert paths.max() <= budget * (1 + 1e-5) + 1e-9
@@ -209,7 +211,7 @@ def test_no_episode_spends_more_than_its_budget(budgeted, size):
 
 def test_no_budget_is_the_base(budgeted):
     """Budget 0: nothing is spent, and a perturbed policy says what the base says."""
-    fresh = budgeted.compiled.sample(budgeted.fresh, budgeted.hyper, budgeted.base, budgeted.keys,
+    fresh = budgeted.compiled.sample(budgeted.fresh, (), budgeted.hyper, budgeted.frozen, budgeted.keys,
                                      jnp.zeros(4, jnp.int32))
     nothing, something = (jax.tree.map(lambda x, k=k: x[k], budgeted.episodes) for k in (0, 3))
     assert float(nothing.kl.max()) <= 1e-6
@@ -228,7 +230,7 @@ def assert_same_episodes(got, expected):
 @pytest.mark.parametrize("k", [1, 3])
 def test_a_sample_depends_on_neither_neighbours_nor_batch(budgeted, k, first):
     """Member k alone, two episodes from `first` on: the same as in a batch of four members and four episodes."""
-    solo = budgeted.pair.sample(member(budgeted.params, k), member(budgeted.hyper, k), budgeted.base,
+    solo = budgeted.pair.sample(member(budgeted.params, k), (), member(budgeted.hyper, k), budgeted.frozen,
                                 budgeted.keys[k:k + 1], jnp.array([first]))
     expected = jax.tree.map(lambda x: x[k:k + 1, first:first + 2], budgeted.episodes)
     assert_same_episodes(solo, expected)
@@ -245,7 +247,7 @@ def test_left_padding_of_the_opening_changes_nothing(case):
     openings = plain.program.env.openings
     padded = Openings(np.pad(openings.tokens, [(0, 0), (3, 0)], constant_values=5), openings.start + 3)
     program = plain.program._replace(env=plain.program.env._replace(openings=padded))
-    got = programs.compile_program(program).sample(plain.params, plain.hyper, plain.base, plain.keys,
+    got = programs.compile_program(program).sample(plain.params, (), plain.hyper, plain.frozen, plain.keys,
                                                    jnp.zeros(4, jnp.int32))
     stripped = got.transcript._replace(tokens=got.transcript.tokens[..., 3:])
     assert_same_episodes(got._replace(transcript=stripped), plain.episodes)

@@ -6,13 +6,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
 from kl_reg import chitchat, rollout
+from kl_reg import config as configs
 from kl_reg.analysis.stats import mean_and_error
 from kl_reg.envs.teacher_student import Environment
-from kl_reg.models import decoder, policy, tokenizer, weights
-from kl_reg.types import FORCED, STUDENT, Openings
+from kl_reg.models import decoder, tokenizer, weights
+from kl_reg.training import program
+from kl_reg.types import FORCED, STUDENT, Frozen, Openings
 
 
 class _Scripted(NamedTuple):
@@ -74,17 +75,15 @@ def _scripted_environment(tok, forced, openings, length):
 
 def _sample(model, env, episodes, seed):
     """The base policy in that environment: transcripts [episodes, s], numpy."""
-    settings = ConfigDict({"layers": 1, "hidden": 1, "spend_init": 0.5})
-    base_policy = policy.build("head", model.config, settings)
-    params = jax.tree.map(lambda x: x[None], base_policy.init(jax.random.key(seed), model.params))
-
-    @jax.jit
-    def run(params, base):
-        keys = rollout.member_keys(jnp.full(1, seed), jnp.zeros(1, jnp.int32))
-        return rollout.rollout(base_policy, env, params, base, jnp.full(1, jnp.inf), keys, jnp.zeros(1, jnp.int32),
-                               episodes, False).transcript
-
-    return jax.device_get(jax.tree.map(lambda x: x[0], run(params, model.params)))
+    config = configs.default()
+    config.policy.layers, config.policy.hidden, config.env.length = 1, 1, 1
+    static, hyper, _ = configs.split(config)
+    run = program.compile_program(program.build(static, model)._replace(env=env, episodes=episodes))
+    hyper, zero = jax.tree.map(lambda x: x[None], hyper), jnp.zeros(1, jnp.int32)
+    state = run.init(model.params, zero, hyper)
+    keys = rollout.member_keys(jnp.full(1, seed), zero)
+    sampled = run.sample(state.params, state.reference, hyper, Frozen(model.params), keys, zero)
+    return jax.device_get(jax.tree.map(lambda x: x[0], sampled.transcript))
 
 
 def _row_surprisal(config, params, tokens, start):

@@ -1,52 +1,125 @@
-"""What recorded episodes say: returns, KL, empty turns. On the host, numpy in and floats out."""
+"""What recorded episodes say: returns, KL and where it sits, empty turns. On the host, numpy in and floats out."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from kl_reg.analysis.stats import mean_and_error
 from kl_reg.envs.teacher_student import Reply
 from kl_reg.types import AGENT, STUDENT, Episodes
 
 
-def ratio_and_error(events: np.ndarray, trials: np.ndarray) -> tuple[float | None, float | None]:
-    """Events per trial and its standard error over episodes, whose trials are not independent; None without trials.
+def means(columns: Mapping[str, np.ndarray]) -> dict[str, float | None]:
+    """Means over episodes and, as `<name>_se`, their standard errors s / sqrt(b), s over b - 1; None of one episode.
+
+    A value that is not finite is part of the mean: the training loop stops at it.
 
     Args:
-        events, trials: counts [b] of each episode.
+        columns: [b] of each name.
     """
-    total = trials.sum()
-    if total == 0:
-        return None, None
-    rate = events.sum() / total
-    return float(rate), float(np.sqrt(((events - rate * trials) ** 2).sum()) / total)
+    values = np.stack([np.asarray(column, np.float64) for column in columns.values()])
+    with np.errstate(invalid="ignore", over="ignore"):
+        mean = values.mean(1)
+        return _row(columns, mean, _error(values - mean[:, None]), np.ones(len(mean), bool))
 
 
-def summarise(episodes: Episodes, replies: Sequence[Reply], returns: np.ndarray) -> dict:
-    """Metrics of one member's batch [b, ...]; `_se` is the standard error over episodes.
+def rates(columns: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, float | None]:
+    """Totals of events over totals of trials and, as `<name>_se`, their standard errors over episodes, whose trials are
+    not independent: that of the mean of (events - rate * trials), over the mean of trials. None without trials.
 
-    Returns:
-        "return" (reward units per episode), "kl/nats_per_episode", "kl/nats_per_token", "entropy/nats_per_token",
-        "replies" (finished, per episode), "teacher/silent_rate", "student/silent_rate" (of finished turns, None without
-        one).
+    Source: Cochran (1977), "Sampling Techniques", chapter 6 (the ratio estimator).
+
+    Args:
+        columns: (events, trials) [b] of each name.
     """
-    count = len(returns)
-    tokens = episodes.mask.sum(-1)
-    kl = episodes.kl.sum(-1, dtype=np.float64)
-    finished = {role: np.zeros(count) for role in (AGENT, STUDENT)}
-    silent = {role: np.zeros(count) for role in (AGENT, STUDENT)}
-    for reply in replies:
-        finished[reply.role][reply.episode] += reply.finished
-        silent[reply.role][reply.episode] += reply.finished and not reply.text
-    pairs = {"return": mean_and_error(returns), "kl/nats_per_episode": mean_and_error(kl),
-             "kl/nats_per_token": ratio_and_error(kl, tokens),
-             "entropy/nats_per_token": ratio_and_error(episodes.entropy.sum(-1, dtype=np.float64), tokens),
-             "replies": mean_and_error(finished[STUDENT]),
-             "teacher/silent_rate": ratio_and_error(silent[AGENT], finished[AGENT]),
-             "student/silent_rate": ratio_and_error(silent[STUDENT], finished[STUDENT])}
+    events, trials = (np.stack([np.asarray(pair[i], np.float64) for pair in columns.values()]) for i in range(2))
+    count = trials.mean(1)
+    some = count > 0
+    with np.errstate(invalid="ignore", over="ignore"):
+        rate = events.mean(1) / np.where(some, count, 1.0)
+        error = _error(events - rate[:, None] * trials) / np.where(some, count, 1.0)
+    return _row(columns, rate, error, some)
+
+
+def _error(centred):
+    """Of the mean of each row [n, b] that is zero in the mean."""
+    b = centred.shape[1]
+    return np.sqrt((centred**2).sum(1) / b / (b - 1)) if b > 1 else np.full(len(centred), np.nan)
+
+
+def _row(names, values, errors, known):
     out = {}
-    for name, (value, error) in pairs.items():
-        out[name] = None if value is None else float(value)
-        out[f"{name}_se"] = None if error is None or not np.isfinite(error) else float(error)
+    for name, value, error, here in zip(names, values.tolist(), errors.tolist(), known.tolist(), strict=True):
+        out[name] = value if here else None
+        out[f"{name}_se"] = error if here and np.isfinite(error) else None
     return out
+
+
+def top1_share(kl: np.ndarray) -> float | None:
+    """The share of all KL, in [0, 1], that sits on the 1 % of the tokens where it is highest: n // 100 of n tokens, at
+    least one. None without KL.
+
+    Args:
+        kl: [n], of the agent tokens of a batch.
+    """
+    total = kl.sum(dtype=np.float64)
+    if not 0 < total < np.inf:
+        return None
+    count = max(1, len(kl) // 100)
+    return min(1.0, float(np.partition(kl, -count)[-count:].sum(dtype=np.float64) / total))
+
+
+def summarise(episodes: Episodes, estimate: np.ndarray, replies: Sequence[Reply], returns: np.ndarray) -> dict:
+    """Metrics of one member's batch [b, ...], which docs/metrics.md describes; `_se` are standard errors over episodes.
+
+    Args:
+        estimate: of each agent token, what the configured KL estimator says [b, k], nats.
+        replies: the turns of the batch.
+        returns: [b], reward units.
+    """
+    mask, tokens = episodes.mask, episodes.mask.sum(-1)
+    total = lambda x: np.where(mask, x, 0.0).sum(-1, dtype=np.float64)  # noqa: E731
+    kl, (finished, silent) = total(episodes.kl), _turns(replies, len(returns))
+    return {
+        **means({"return": returns, "kl/nats_per_episode": kl,
+                 "kl/sampled/nats_per_episode": total(episodes.log_ratio),
+                 "kl/estimate/nats_per_episode": total(estimate),
+                 "surprisal/nats_per_episode": total(-episodes.log_prob),
+                 "replies": finished[STUDENT], "help/asked_rate": episodes.asked}),
+        **rates({"kl/nats_per_token": (kl, tokens), "entropy/nats_per_token": (total(episodes.entropy), tokens),
+                 "help/rate_per_token": (total(-np.expm1(-episodes.floor)), tokens),
+                 "teacher/silent_rate": (silent[AGENT], finished[AGENT]),
+                 "student/silent_rate": (silent[STUDENT], finished[STUDENT])}),
+        "kl/top1_share": top1_share(episodes.kl[mask]), "val/num_eos_tokens": int(finished[AGENT].sum())}
+
+
+def _turns(replies, count):
+    """Finished turns and, of these, empty ones: [2, role, b]."""
+    out = np.zeros((2, STUDENT + 1, count))
+    ended = [reply for reply in replies if reply.finished]
+    for row, chosen in zip(out, (ended, [reply for reply in ended if not reply.text]), strict=True):
+        np.add.at(row, ([reply.role for reply in chosen], [reply.episode for reply in chosen]), 1)
+    return out
+
+
+def objective(row: dict) -> dict:
+    """The names of TRL's PPO trainer, with their meaning there; docs/metrics.md says where they differ.
+
+    Means over the batch's episodes: summed sampled log-ratio and summed -log pi of the tokens, nats; -coefficient times
+    the estimated KL, the return, and their sum, reward units.
+    """
+    penalty = -row["kl/coef"] * row["kl/estimate/nats_per_episode"]
+    return {"objective/kl": row["kl/sampled/nats_per_episode"], "objective/entropy": row["surprisal/nats_per_episode"],
+            "objective/non_score_reward": penalty, "objective/scores": row["return"],
+            "objective/rlhf_reward": row["return"] + penalty}
+
+
+def ledger(episodes: Episodes) -> dict[str, np.ndarray]:
+    """What was recorded of each agent token, nats, at its slot of the transcript [b, s]; 0 in other slots. "kl" has the
+    reference's "floor" in it; "spent_before" was charged for the agent tokens before this one."""
+    columns = {"kl": episodes.kl, "log_ratio": episodes.log_ratio, "spent_before": episodes.spent_before,
+               "floor": episodes.floor}
+    row, column = np.nonzero(episodes.mask)
+    out = np.zeros((len(columns), *episodes.transcript.tokens.shape), np.float32)
+    out[:, row, episodes.slot[row, column]] = [values[row, column] for values in columns.values()]
+    return dict(zip(columns, out, strict=True))

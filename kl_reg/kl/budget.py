@@ -2,16 +2,19 @@ r"""The hard KL budget: a policy that is *constructed* to stay inside a number o
 
 At each agent token the base distribution is tilted towards the proposal, pi_alpha ∝ beta exp(alpha g) with
 g = proposal logits - base logits, by the largest alpha in [0, 1] with D(pi_alpha || beta) <= allowance. The
-allowance is a fraction of what is left of the budget, and the exact D is charged.
+allowance is a fraction of what is left of the budget (of the episode, and of caps on a turn and a token), and the exact
+D is charged to a ledger. Against a semi-distribution of mass s there is a floor of -log s, which is charged too.
 
 D is increasing in alpha, D'(alpha) = alpha Var_pi(g). Source: Cohen et al. (2024) for the budget, whose paper does not
 say how the distribution is moved; the tilt is ours.
 """
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from kl_reg.kl.exact import reverse_kl
 
@@ -93,6 +96,56 @@ def _divergence_and_variance(gap, alpha, log_base):
     return reverse_kl(log_policy, log_base), (policy * (gap - mean)**2).sum()
 
 
-def remaining(budget: Float[Array, ...], spent: Float[Array, ...]) -> Float[Array, ...]:
-    """What is left of the budget, nats; never negative."""
-    return jnp.maximum(budget - spent, 0.0)
+class Caps(NamedTuple):
+    """Hard limits in nats: of the episode, of each turn of the agent, of each of its tokens; infinite: none."""
+
+    episode: Float[Array, ...]
+    turn: Float[Array, ...]
+    token: Float[Array, ...]
+
+    def smallest(self) -> Float[Array, ...]:
+        """What the first token of an episode may cost at most."""
+        return jnp.minimum(jnp.minimum(self.episode, self.turn), self.token)
+
+
+class Ledger(NamedTuple):
+    """What was charged so far, nats, in the episode and in the agent's present turn, with what carrying over counts."""
+
+    spent: Float[Array, ...]
+    in_turn: Float[Array, ...]
+    turn: Int[Array, ...]          # the transcript's number of the present turn
+    turns: Float[Array, ...]       # of the agent, the present one included
+    tokens: Float[Array, ...]      # of the agent, before the present one
+
+
+def open_ledger(shape: tuple[int, ...]) -> Ledger:
+    """Nothing spent."""
+    zero = jnp.zeros(shape)
+    return Ledger(zero, zero, jnp.full(shape, -1, jnp.int32), zero, zero)
+
+
+def enter(ledger: Ledger, turn: Int[Array, ...]) -> Ledger:
+    """The ledger at a token of the agent in that turn."""
+    new = turn != ledger.turn
+    return ledger._replace(in_turn=jnp.where(new, 0.0, ledger.in_turn), turn=turn,
+                           turns=jnp.where(new, ledger.turns + 1, ledger.turns))
+
+
+def left(caps: Caps, ledger: Ledger, carry: bool) -> Float[Array, ...]:
+    """Nats that the present token may cost; never negative.
+
+    Args:
+        carry: what a turn or a token leaves of its cap is added to the later ones'.
+    """
+    turn, token = caps.turn - ledger.in_turn, caps.token
+    if carry:
+        turn = caps.turn * ledger.turns - ledger.spent
+        token = caps.token * (ledger.tokens + 1) - ledger.spent
+    return jnp.maximum(jnp.minimum(jnp.minimum(caps.episode - ledger.spent, turn), token), 0.0)
+
+
+def charge(ledger: Ledger, nats: Float[Array, ...], own: Bool[Array, ...]) -> Ledger:
+    """The ledger behind a token that cost `nats`, where it is the agent's `own`."""
+    nats = jnp.where(own, nats, 0.0)
+    return ledger._replace(spent=ledger.spent + nats, in_turn=ledger.in_turn + nats,
+                           tokens=jnp.where(own, ledger.tokens + 1, ledger.tokens))

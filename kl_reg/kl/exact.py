@@ -9,12 +9,16 @@ from jaxtyping import Array, Float, Int
 
 
 class TokenTerms(NamedTuple):
-    """Of one token, in nats: log pi(a), log pi(a) - log beta(a), D(pi || beta), H(pi)."""
+    """Of one token, in nats: log pi(a), log pi(a) - log beta(a), D(pi || beta), H(pi), D(beta || pi).
+
+    `forward_kl` is zero where it was not asked for.
+    """
 
     log_prob: Float[Array, ""]
     log_ratio: Float[Array, ""]
     kl: Float[Array, ""]
     entropy: Float[Array, ""]
+    forward_kl: Float[Array, ""]
 
 
 def reverse_kl(log_policy: Float[Array, " v"], log_base: Float[Array, " v"]) -> Float[Array, ""]:
@@ -56,15 +60,30 @@ def _kl_and_entropy_jvp(primals, tangents):
     return (kl, entropy), ((by_kl * tangents[0]).sum(), (by_entropy * tangents[0]).sum())
 
 
-def token_terms(logits: Float[Array, " v"], log_base: Float[Array, " v"], action: Int[Array, ""]) -> TokenTerms:
+@jax.custom_jvp
+def _forward_kl(logits, log_base):
+    return reverse_kl(log_base, jax.nn.log_softmax(logits))
+
+
+@_forward_kl.defjvp
+def _forward_kl_jvp(primals, tangents):
+    """dD(beta || pi) = sum (pi - beta) dz; beta is a constant."""
+    logits, log_base = primals
+    return _forward_kl(logits, log_base), ((jax.nn.softmax(logits) - jnp.exp(log_base)) * tangents[0]).sum()
+
+
+def token_terms(logits: Float[Array, " v"], log_base: Float[Array, " v"], action: Int[Array, ""],
+                forward: bool = False) -> TokenTerms:
     """All that training needs of one token of the policy with these logits; beta is held constant.
 
     Args:
         logits: of the policy, any normalisation.
         log_base: normalised log-probabilities of the base.
         action: the token that was drawn.
+        forward: whether D(beta || pi) is wanted (static); infinite where the policy excludes a token of the base.
     """
     log_base = jax.lax.stop_gradient(log_base)
     kl, entropy = _kl_and_entropy(logits, log_base)
     log_prob = logits[action] - jax.nn.logsumexp(logits)
-    return TokenTerms(log_prob, log_prob - log_base[action], kl, entropy)
+    forward_kl = _forward_kl(logits, log_base) if forward else jnp.zeros_like(kl)
+    return TokenTerms(log_prob, log_prob - log_base[action], kl, entropy, forward_kl)

@@ -35,23 +35,35 @@ class Policy(NamedTuple):
     prefill(params, base, tokens [m, b, t], start [m, b], slots) -> state: the caches.
     decode(params, base, token [m, b], start, index, state) -> (features, state).
     refresh(params, base, episodes) -> features [b, k, ...], those parts recomputed that depend on params.
+    reread(params, base, transcript, slot) -> features [b, k, ...] of any transcript, before the tokens in slot [b, k].
     read(params, base, features [..., ...], situation) -> Reading.
+    relative: whether the gap is a change of any reference's logits; else base_logits + gap are logits on their own.
+    shared: whether the features are the frozen base's alone, so that two policies of this kind read the same.
     """
 
     init: Callable
     prefill: Callable
     decode: Callable
     refresh: Callable
+    reread: Callable
     read: Callable
+    relative: bool
+    shared: bool
 
 
-def _logits(hidden, params):
+def logits_of(hidden: Float[Array, "... d"], params: dict) -> Float[Array, "... v"]:
+    """Logits of final hidden states under a trunk's parameters, float32."""
     return jnp.einsum("...d,vd->...v", hidden, decoder.unembedding(params), preferred_element_type=jnp.float32,
                       precision="highest")      # float32 stays float32 where the hardware has a coarser default
 
 
 def _flat(x):
     return x.reshape(-1, *x.shape[2:])
+
+
+def _before(hidden, slot):
+    """Hidden states [b, k, d] from which the tokens in these slots are predicted."""
+    return jnp.take_along_axis(hidden, jnp.maximum(slot - 1, 0)[..., None], axis=1)
 
 
 def head(config: decoder.DecoderConfig, settings) -> Policy:
@@ -81,14 +93,19 @@ def head(config: decoder.DecoderConfig, settings) -> Policy:
         del params, base
         return episodes.features
 
+    def reread(params, base, transcript, slot):
+        del params
+        hidden = decoder.forward(config, base, transcript.tokens, transcript.start, settings.layers)
+        return _before(hidden.features, slot)
+
     def read(params, base, features, situation: Situation):
         last = features[..., -config.width:]
         x = jnp.concatenate([features.astype(jnp.float32), situation.inputs()], axis=-1)
         change = actor.apply({"params": params["actor"]}, x)
         value, spend = scalars.apply({"params": params["scalars"]}, x)
-        return Reading(_logits(last, base), _logits(change.astype(last.dtype), base), value, spend)
+        return Reading(logits_of(last, base), logits_of(change.astype(last.dtype), base), value, spend)
 
-    return Policy(init, prefill, decode, refresh, read)
+    return Policy(init, prefill, decode, refresh, reread, read, relative=True, shared=True)
 
 
 class FullFeatures(NamedTuple):
@@ -120,21 +137,24 @@ def full(config: decoder.DecoderConfig, settings) -> Policy:
         frozen, cache = decoder.decode(config, base, _flat(token), _flat(start), index, state[1])
         return FullFeatures(frozen.last.reshape(own.last.shape), own.last), (own_cache, cache)
 
+    def hidden_before(params, transcript, slot):
+        return _before(decoder.forward(config, params, transcript.tokens, transcript.start).last, slot)
+
     def refresh(params, base, episodes):
         del base
-        transcript = episodes.transcript
-        hidden = decoder.forward(config, params["trunk"], transcript.tokens, transcript.start).last
-        before = jnp.maximum(episodes.slot - 1, 0)
-        return episodes.features._replace(policy=jnp.take_along_axis(hidden, before[..., None], axis=1))
+        return episodes.features._replace(policy=hidden_before(params["trunk"], episodes.transcript, episodes.slot))
+
+    def reread(params, base, transcript, slot):
+        return FullFeatures(*(hidden_before(p, transcript, slot) for p in (base, params["trunk"])))
 
     def read(params, base, features, situation: Situation):
         x = features.policy.astype(jnp.float32)
         inputs = jnp.concatenate([jax.lax.stop_gradient(x), situation.inputs()], axis=-1)
         value, spend = scalars.apply({"params": params["scalars"]}, inputs)
-        base_logits = _logits(features.base, base)
-        return Reading(base_logits, _logits(features.policy, params["trunk"]) - base_logits, value, spend)
+        base_logits = logits_of(features.base, base)
+        return Reading(base_logits, logits_of(features.policy, params["trunk"]) - base_logits, value, spend)
 
-    return Policy(init, prefill, decode, refresh, read)
+    return Policy(init, prefill, decode, refresh, reread, read, relative=False, shared=False)
 
 
 POLICIES.register("head", head)

@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from kl_reg import checkpoint, metrics, rewards, rollout
+from kl_reg import checkpoint, metrics, rewards, rollout, validation
 from kl_reg import config as configs
 from kl_reg.analysis import report
-from kl_reg.analysis.recorded import summarise
+from kl_reg.analysis.groups import kl_by_group
+from kl_reg.analysis.recorded import ledger, objective, summarise
 from kl_reg.models import weights
 from kl_reg.rewards import replies
 from kl_reg.training import sweep
@@ -49,7 +50,7 @@ def train(config: ConfigDict, reward_fn: Callable | None = None, workdir: str | 
         FileNotFoundError: the model folder is missing.
         FileExistsError: `workdir` holds another experiment.
     """
-    configs.validate(config)
+    validation.validate(config)
     workdir = pathlib.Path(workdir)
     if reward_fn is not None:
         config = config.copy_and_resolve_references()
@@ -57,14 +58,16 @@ def train(config: ConfigDict, reward_fn: Callable | None = None, workdir: str | 
     reward_fn = reward_fn or rewards.REWARDS[config.reward.name]
     model = weights.load(config.model.path, config.model.dtype)
     groups = sweep.plan(config, model)
-    inputs = weights.digest(model.folder), replies.digest(reward_fn)
-    resolved = {"config": json.loads(config.to_json()), "fingerprint": configs.fingerprint(config, *inputs)}
+    base = weights.digest(model.folder)
+    inputs = base, replies.digest(reward_fn), *(digest for group in groups for digest in group.digests)
+    resolved = {"config": json.loads(config.to_json()), "fingerprint": configs.fingerprint(config, *inputs),
+                "base": base, "references": {str(i): group.digests for group in groups for i in group.members}}
     checkpoint.claim(workdir, resolved)
-    states = [group.run.init(model.params, group.seeds) for group in groups]
-    saved = checkpoint.Checkpoints(workdir / "checkpoints", resolved)
+    states = [group.run.init(model.params, group.seeds, group.hyper) for group in groups]
+    saved = checkpoint.Checkpoints(workdir / "checkpoints", resolved, config.checkpoint.keep)
     states = saved.restore(states)
     try:
-        _iterate(config, groups, states, model.params, reward_fn, workdir, saved)
+        _iterate(config, groups, states, reward_fn, workdir, saved)
     finally:
         saved.close()
     summary = _evaluate(config, groups, states, model.params, reward_fn, workdir)
@@ -74,7 +77,7 @@ def train(config: ConfigDict, reward_fn: Callable | None = None, workdir: str | 
     return Result(summary, [params[number] for number in sorted(params)], workdir, report.write_report(workdir))
 
 
-def _iterate(config, groups, states, base, reward_fn, workdir, saved):
+def _iterate(config, groups, states, reward_fn, workdir, saved):
     """Runs the iterations that are left; `states` is updated in place, one entry a group."""
     done = int(states[0].iteration[0])
     hypers = sweep.hyper_of(config)
@@ -87,7 +90,7 @@ def _iterate(config, groups, states, base, reward_fn, workdir, saved):
             began = time.monotonic()
             rows = {}
             for g, group in enumerate(groups):
-                states[g], new = _iteration(group, states[g], base, reward_fn)
+                states[g], new = _iteration(group, states[g], reward_fn)
                 rows.update(new)
             for number, row in rows.items():
                 logs[number].write({"iteration": iteration, **row, "seconds": time.monotonic() - began})
@@ -99,32 +102,42 @@ def _iterate(config, groups, states, base, reward_fn, workdir, saved):
         log.close()
 
 
-def _iteration(group, state, base, reward_fn):
+def _iteration(group, state, reward_fn):
     """Rollout, reward and update of one group; its new state, and metrics by member."""
     keys, first = rollout.member_keys(state.seed, state.iteration), jnp.zeros(len(group.members), jnp.int32)
     with jax.transfer_guard("disallow"):        # what moves between host and device is said here
-        episodes = group.run.sample(state.params, group.hyper, base, keys, first)
-        rows, stream = _judge(group, episodes, reward_fn)
-        state, parts = group.run.update(state, group.hyper, base, episodes, jax.device_put(stream))
-        parts = jax.device_get(parts)
+        episodes = group.run.sample(state.params, state.reference, group.hyper, group.frozen, keys, first)
+        recorded = _fetch(episodes)
+        rows, stream = _judge(group, recorded, reward_fn)
+        state, parts, extreme = group.run.update(state, group.hyper, group.frozen, episodes, jax.device_put(stream))
+        parts, extreme = jax.device_get((parts, extreme))
     for i, row in enumerate(rows):
         row.update({name: float(value[i]) for name, value in parts.items()})
         bad = [name for name, value in row.items() if value is not None and not np.isfinite(value)]
         if bad:
-            raise ValueError(f"member {group.members[i]}: {', '.join(bad)} not finite; training stops before it is "
-                             "saved. A smaller optim.learning_rate usually helps")
+            raise ValueError(_overflow(group, i, bad, recorded, jax.tree.map(lambda x, i=i: x[i], extreme)))
+        row.update(objective(row))
     return state, dict(zip(group.members, rows, strict=True))
 
 
-def _judge(group, episodes: Episodes, reward_fn):
+def _overflow(group, i, bad, recorded, extreme):
+    """Says which member, metric and token."""
+    episode, position = int(extreme.episode), int(extreme.position)
+    slot = int(recorded.slot[i, episode, position])
+    return (f"member {group.members[i]}: {', '.join(bad)} not finite; training stops before it is saved. The most "
+            f"extreme token is {int(recorded.action[i, episode, position])}, in slot {slot} of episode {episode}, with "
+            f"log pi - log ref = {float(extreme.log_ratio):.4g} nats (k3 and ratios are finite to 80, the other "
+            "estimators to 100). A smaller optim.learning_rate usually helps")
+
+
+def _judge(group, recorded: Episodes, reward_fn):
     """Metrics of each member's batch, and the rewards of its agent stream [m, b, k]."""
-    recorded = jax.device_get(episodes._replace(features=()))
-    rows, streams = [], []
+    rows, streams, estimates = [], [], group.run.estimate(recorded)
     for i in range(len(group.members)):
         own = jax.tree.map(lambda x, i=i: x[i], recorded)
         turns = group.program.env.read(own.transcript)
         stream, returns = replies.credit(turns, replies.score_replies(reward_fn, turns), own.slot, own.mask)
-        rows.append(summarise(own, turns, returns))
+        rows.append({**summarise(own, estimates[i], turns, returns), **kl_by_group(own, group.program.groups)})
         streams.append(stream)
     return rows, np.stack(streams)
 
@@ -134,13 +147,14 @@ def _evaluate(config, groups, states, base, reward_fn, workdir):
     hypers, rows = sweep.hyper_of(config), {}
     count = config.evaluation.episodes
     with metrics.progress_bar("evaluate", len(groups) + 1) as bar:
-        fresh = groups[0].run.init(base, groups[0].seeds).params
-        episodes = _sample_base(config, groups[0], fresh, base, count)
+        plain = [group for group in groups if group.program.reference.is_base]
+        first = (plain or groups)[0]
+        episodes = _sample_base(config, first, base, count)
         rows["base"] = {"member": "base", "hyper": {},
-                        "final": _final(groups[0], episodes, reward_fn, workdir / "members/base")}
+                        "final": _final(first, episodes, reward_fn, workdir / "members/base")}
         bar.step()
         for group, state in zip(groups, states, strict=True):
-            episodes = _sample_parts(config, group, state.params, base, count)
+            episodes = _sample_parts(config, group, state, count)
             for i, number in enumerate(group.members):
                 own = jax.tree.map(lambda x, i=i: x[i], episodes)
                 folder = workdir / f"members/{number}"
@@ -155,25 +169,26 @@ def _keys(config, members):
     return rollout.member_keys(jnp.full(members, config.evaluation.seed), jnp.zeros(members, jnp.int32))
 
 
-def _sample_parts(config, group, params, base, count):
+def _sample_parts(config, group, state, count):
     """`count` episodes of each member [m, count, ...], in batches of the size that training compiled."""
     size, members = group.program.episodes, len(group.members)
-    parts = [_fetch(group.run.sample(params, group.hyper, base, _keys(config, members),
+    parts = [_fetch(group.run.sample(state.params, state.reference, group.hyper, group.frozen, _keys(config, members),
                                      jnp.full(members, first, jnp.int32))) for first in range(0, count, size)]
     return jax.tree.map(lambda *x: np.concatenate(x, axis=1)[:, :count], *parts)
 
 
-def _sample_base(config, group, fresh, base, count):
+def _sample_base(config, group, base, count):
     """`count` episodes of the base [count, ...]: untrained members are the base, and each samples another part."""
     size, members = group.program.episodes, len(group.members)
-    parts = [_fetch(group.run.sample(fresh, group.hyper, base, _keys(config, members),
+    fresh = group.run.init(base, group.seeds, group.hyper)
+    parts = [_fetch(group.run.sample(fresh.params, fresh.reference, group.hyper, group.frozen, _keys(config, members),
                                      jnp.arange(first, first + members * size, size, dtype=jnp.int32)))
              for first in range(0, count, members * size)]
     return jax.tree.map(lambda *x: np.concatenate([part.reshape(-1, *part.shape[2:]) for part in x])[:count], *parts)
 
 
 def _fetch(episodes: Episodes) -> Episodes:
-    return jax.device_get(episodes._replace(features=()))
+    return jax.device_get(episodes._replace(features=(), reference=(), kept=None))
 
 
 def _final(group, episodes, reward_fn, folder):
@@ -181,14 +196,11 @@ def _final(group, episodes, reward_fn, folder):
     transcript = episodes.transcript
     turns = group.program.env.read(transcript)
     _, returns = replies.credit(turns, replies.score_replies(reward_fn, turns), episodes.slot, episodes.mask)
-    kl, log_ratio = np.zeros((2, *transcript.tokens.shape), np.float32)
-    row, column = np.nonzero(episodes.mask)
-    slots = episodes.slot[row, column]
-    kl[row, slots], log_ratio[row, slots] = episodes.kl[row, column], episodes.log_ratio[row, column]
     folder.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(folder / "evaluation.npz", tokens=transcript.tokens, roles=transcript.roles.astype(np.int8),
-                        turns=transcript.turns, kl=kl, log_ratio=log_ratio, returns=returns)
-    return {**summarise(episodes, turns, returns), "episodes": len(returns)}
+                        turns=transcript.turns, returns=returns, **ledger(episodes))
+    return {**summarise(episodes, group.run.estimate(episodes), turns, returns),
+            **kl_by_group(episodes, group.program.groups), "episodes": len(returns)}
 
 
 def _best(folder, coef):

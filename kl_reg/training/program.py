@@ -10,24 +10,32 @@ import jax.numpy as jnp
 import optax
 
 from kl_reg import advantages, envs, losses, rollout
+from kl_reg.analysis.groups import TokenGroups, token_groups
 from kl_reg.config import Static
 from kl_reg.envs.teacher_student import Environment
-from kl_reg.kl import estimators
-from kl_reg.models import policy, tokenizer, weights
+from kl_reg.kl import controllers, estimators
+from kl_reg.models import policy, reference, tokenizer, weights
 from kl_reg.training import step
-from kl_reg.types import Episodes, Hyper, TrainState
+from kl_reg.types import Episodes, Frozen, Hyper, Sampling, TrainState
 
 
 class Program(NamedTuple):
-    """The objects that the static settings name, and the settings that the step reads."""
+    """The objects that the static settings name, and the settings that rollout and step read."""
 
     policy: policy.Policy
+    reference: reference.Reference
     env: Environment
+    groups: TokenGroups
+    sampling: Sampling
+    kl: estimators.KL
+    controller: controllers.Controller
     loss: Callable
     advantage: Callable
     optimizer: optax.GradientTransformation
     constrained: bool
-    kl: estimators.Placement
+    spend: str
+    levels: int
+    carry: bool
     normalise: bool
     iterations: int
     episodes: int
@@ -37,55 +45,71 @@ class Program(NamedTuple):
     final: float
 
 
-def build(static: Static, model: weights.Model) -> Program:
+def build(static: Static, model: weights.Model, start=None) -> Program:
     """Looks every name up.
+
+    Args:
+        start: parameters of a run's member, where that is the reference.
 
     Raises:
         ValueError: an episode with its opening is longer than the model's context.
     """
     config = static.config()
-    env = envs.ENVIRONMENTS[config.env.name](config.env, tokenizer.load(model.folder))
+    rl, kl, drawn = config.rl, config.kl, Sampling(**config.sampling)
+    words = tokenizer.load(model.folder)
+    env = envs.ENVIRONMENTS[config.env.name](config.env, words)
     slots = env.openings.tokens.shape[1] + env.length
     if slots > model.config.max_position:
         raise ValueError(f"env.length={env.length} and an opening of {slots - env.length} tokens make {slots}; the "
                          f"model's context is {model.config.max_position}")
-    optimizer = optax.chain(optax.clip_by_global_norm(config.optim.max_grad_norm), optax.scale_by_adam())
-    rl = config.rl
-    placement = estimators.ESTIMATORS[config.kl.estimator].placements[config.kl.placement]
-    return Program(policy.build(config.policy.kind, model.config, config.policy), env, losses.LOSSES[rl.loss],
-                   advantages.ADVANTAGES[rl.advantage], optimizer, static.constrained, placement, rl.normalise,
-                   rl.iterations, rl.episodes, rl.epochs, rl.minibatches, config.optim.warmup, config.optim.final)
+    agent = policy.build(config.policy.kind, model.config, config.policy)
+    return Program(
+        policy=agent, reference=reference.build(config.reference, agent, drawn, start), env=env,
+        groups=token_groups(words, config.env.end, config.log.groups.to_dict()),
+        sampling=drawn, kl=estimators.build(static.kl()), loss=losses.LOSSES[rl.loss],
+        controller=controllers.CONTROLLERS[kl.controller](rl.iterations, rl.episodes),
+        advantage=advantages.ADVANTAGES[rl.advantage],
+        optimizer=optax.chain(optax.clip_by_global_norm(config.optim.max_grad_norm), optax.scale_by_adam()),
+        constrained=static.constrained, spend=kl.spend, levels=config.policy.spend_levels, carry=kl.carry,
+        normalise=rl.normalise, iterations=rl.iterations, episodes=rl.episodes, epochs=rl.epochs,
+        minibatches=rl.minibatches, warmup=config.optim.warmup, final=config.optim.final)
 
 
 class Compiled(NamedTuple):
     """Jitted functions over a leading member axis.
 
-    init(base, seeds) -> state; sample(params, hyper, base, keys, first) -> episodes;
-    update(state, hyper, base, episodes, rewards) -> (state, metrics), the state donated.
+    init(base, seeds, hyper) -> state; sample(params, memory, hyper, frozen, keys, first) -> episodes;
+    update(state, hyper, frozen, episodes, rewards) -> (state, metrics, extreme), the state donated;
+    estimate(episodes) -> [..., k], what the estimator says of each recorded token, nats, on the host.
     """
 
     init: Callable
     sample: Callable
     update: Callable
+    estimate: Callable
 
 
 def compile_program(program: Program) -> Compiled:
     """The program's functions; each compiles at its first call."""
 
-    def init(base, seeds):
-        def one(seed):
+    def init(base, seeds, hyper: Hyper):
+        def one(seed, hyper):
             params = program.policy.init(jax.random.fold_in(jax.random.key(seed), 2**31 - 1), base)
-            return TrainState(params, program.optimizer.init(params), seed, jnp.int32(0))
+            return TrainState(params, program.optimizer.init(params), seed, jnp.int32(0),
+                              program.controller.init(hyper), program.reference.init(params))
 
-        return jax.vmap(one)(seeds)
+        return jax.vmap(one)(seeds, hyper)
 
-    def sample(params, hyper: Hyper, base, keys, first) -> Episodes:
-        return rollout.rollout(program.policy, program.env, params, base, hyper.kl_budget, keys, first,
-                               program.episodes, program.constrained)
+    def sample(params, memory, hyper: Hyper, frozen: Frozen, keys, first) -> Episodes:
+        return rollout.rollout(program, params, memory, frozen, step.caps_of(hyper), keys, first)
 
-    def update(state: TrainState, hyper: Hyper, base, episodes: Episodes, rewards):
+    def update(state: TrainState, hyper: Hyper, frozen: Frozen, episodes: Episodes, rewards):
         longest = episodes.mask.sum(-1).max()
         one = partial(step.update, program)
-        return jax.vmap(one, in_axes=(0, 0, None, 0, 0, None))(state, hyper, base, episodes, rewards, longest)
+        return jax.vmap(one, in_axes=(0, 0, None, 0, 0, None))(state, hyper, frozen, episodes, rewards, longest)
 
-    return Compiled(jax.jit(init), jax.jit(sample), jax.jit(update, donate_argnums=0))
+    def estimate(episodes: Episodes):
+        return program.kl.value(step.recorded(episodes), -jnp.expm1(-episodes.floor))
+
+    return Compiled(jax.jit(init), jax.jit(sample), jax.jit(update, donate_argnums=0),
+                    lambda episodes: jax.device_get(jax.jit(estimate)(jax.device_put(episodes))))

@@ -8,61 +8,81 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from kl_reg import rollout
+from kl_reg import choice
 from kl_reg.advantages import normalise
-from kl_reg.kl.budget import remaining
-from kl_reg.kl.exact import token_terms
+from kl_reg.kl import budget
+from kl_reg.kl.budget import Caps
+from kl_reg.kl.exact import TokenTerms
 from kl_reg.losses.value import squared_error
 from kl_reg.models.actor import Situation
-from kl_reg.types import Episodes, Hyper, TrainState, WeightedMetric
+from kl_reg.types import Episodes, Frozen, Hyper, TrainState, WeightedMetric
 
 
 class Scores(NamedTuple):
-    """Of the recorded agent tokens under given parameters, [b, k]; zero where there is no token."""
+    """Of the recorded agent tokens under given parameters, all [b, k]; zero where there is no token."""
 
-    log_prob: Float[Array, "b k"]
-    kl: Float[Array, "b k"]
-    entropy: Float[Array, "b k"]
+    terms: TokenTerms
     value: Float[Array, "b k"]
 
 
-def score(program, params, base, episodes: Episodes, hyper: Hyper, longest: Int[Array, ""]) -> Scores:
+class Extreme(NamedTuple):
+    """The token whose |log pi - log ref| is the largest of an update, nats: where an overflow begins."""
+
+    log_ratio: Float[Array, ...]
+    episode: Int[Array, ...]
+    position: Int[Array, ...]          # in the agent stream
+
+
+def caps_of(hyper: Hyper) -> Caps:
+    """The hard limits of a member."""
+    return Caps(hyper.kl_budget, hyper.kl_turn_budget, hyper.kl_token_budget)
+
+
+def score(program, params, memory, frozen: Frozen, episodes: Episodes, caps: Caps, longest: Int[Array, ""]) -> Scores:
     """Re-reads the recorded agent tokens, one position of the stream after the other, differentiable in `params`.
 
     The budget ledger is re-run with the new parameters and differentiated through: what a token may spend depends on
     what the earlier ones cost, and a gradient that leaves this out sees the benefit of spending and not its price.
-    Vocabulary-sized arrays exist for one position at a time and are recomputed in the backward pass.
+    (Where the amount is itself a recorded action, it depends on no parameter.) Vocabulary-sized arrays exist for one
+    position at a time and are recomputed in the backward pass.
 
     Args:
+        memory: of the reference.
         longest: agent tokens of the longest stream in the whole batch; positions behind it are skipped.
     """
-    features = program.policy.refresh(params, base, episodes)
-    width = episodes.transcript.tokens.shape[1] - program.env.length
+    width, rows = episodes.transcript.tokens.shape[1] - program.env.length, episodes.mask.shape[0]
+    caps = jax.tree.map(lambda x: jnp.broadcast_to(x, (rows,)), caps)
 
     @jax.checkpoint
-    def read(spent, features, slot, action, mask):
-        budget = jnp.broadcast_to(hyper.kl_budget, spent.shape)
-        situation = Situation(remaining(budget, spent), budget, (slot - width) / program.env.length)
-        reading = program.policy.read(params, base, features, situation)
+    def read(ledger, features, seen, kept, slot, turn, action, part, mask):
+        ledger = budget.enter(ledger, jnp.where(mask, turn, ledger.turn))
+        left = budget.left(caps, ledger, program.carry)
+        situation = Situation(left, caps.smallest(), (slot - width) / program.env.length)
+        reading = program.policy.read(params, frozen.base, features, situation)
+        measure = program.reference.read(memory, frozen, features, seen, situation, reading)
 
-        def row(reading, budget, spent, action):
-            logits, log_base = rollout.constrain(reading, budget, spent, program.constrained)
-            return token_terms(logits, log_base, action)
+        def row(measure, spend, value, kept, left, slot, action, drawn):
+            part = choice.part_of(program, spend, drawn, slot - width)
+            terms, cost = choice.terms_of(program, choice.constrain(program, measure, kept, left, part), action)
+            log_prob = terms.log_prob + choice.part_log_prob(program, spend, drawn)
+            return Scores(terms._replace(log_prob=log_prob), value), cost
 
-        terms = jax.vmap(row)(reading, budget, spent, action)
-        return jax.tree.map(lambda x: jnp.where(mask, x, 0.0),
-                            Scores(terms.log_prob, terms.kl, terms.entropy, reading.value))
+        scores, cost = jax.vmap(row)(measure._replace(models=None), reading.spend, reading.value, kept, left, slot,
+                                     action, part)
+        return budget.charge(ledger, cost, mask), jax.tree.map(lambda x: jnp.where(mask, x, 0.0), scores)
 
-    def position(spent, xs):
+    def position(ledger, xs):
         index, *xs = xs
-        nothing = lambda spent, *xs: Scores(*[jnp.zeros_like(spent)] * 4)  # noqa: E731
-        scores = jax.lax.cond(index < longest, read, nothing, spent, *xs)
-        return spent + scores.kl, scores
+        zero = jnp.zeros(rows)
+        nothing = lambda ledger, *xs: (ledger, Scores(TokenTerms(*[zero] * len(TokenTerms._fields)), zero))  # noqa: E731
+        return jax.lax.cond(index < longest, read, nothing, ledger, *xs)
 
-    stream = (features, episodes.slot, episodes.action, episodes.mask)
+    features = program.policy.refresh(params, frozen.base, episodes)
+    turn = jnp.take_along_axis(episodes.transcript.turns, episodes.slot, axis=1)
+    stream = (features, episodes.reference, episodes.kept, episodes.slot, turn, episodes.action, episodes.part,
+              episodes.mask)
     stream = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), stream)
-    count, rows = episodes.mask.shape[1], episodes.mask.shape[0]
-    _, scores = jax.lax.scan(position, jnp.zeros(rows), (jnp.arange(count), *stream))
+    _, scores = jax.lax.scan(position, budget.open_ledger((rows,)), (jnp.arange(episodes.mask.shape[1]), *stream))
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), scores)
 
 
@@ -80,43 +100,55 @@ def learning_rate(program, hyper: Hyper, iteration: Int[Array, ""]) -> Float[Arr
     return hyper.learning_rate * schedule(iteration)
 
 
-def objective(program, params, base, episodes: Episodes, targets, hyper: Hyper, longest) -> tuple[Array, dict]:
-    """The loss of one minibatch of one member, a mean over agent tokens; and what went into it."""
-    advantages, returns, factor = targets
-    new, mask = score(program, params, base, episodes, hyper, longest), episodes.mask
-    terms = {
-        "loss/policy": jax.vmap(program.loss, (0, 0, 0, None))(new.log_prob, episodes.log_prob, advantages, hyper),
-        "loss/kl": factor * hyper.kl_coef * jax.vmap(program.kl.loss)(new.kl),
-        "loss/value": hyper.value_coef * jax.vmap(squared_error)(new.value, returns),
-        "loss/entropy": -hyper.entropy_coef * new.entropy}
-    parts = {name: mean(x, mask).mean() for name, x in terms.items()}
-    moved = new.log_prob - episodes.log_prob
-    parts["policy/clip_fraction"] = mean((jnp.abs(jnp.expm1(moved)) > hyper.clip).astype(jnp.float32), mask).mean()
-    parts["policy/old_kl/nats_per_token"] = mean(jnp.expm1(moved) - moved, mask).mean()
-    return sum(parts[name] for name in terms), parts
+def objective(program, params, memory, frozen: Frozen, episodes: Episodes, targets, hyper: Hyper, longest
+              ) -> tuple[Array, tuple[dict, Float[Array, "b k"]]]:
+    """The loss of one minibatch of one member, a mean over agent tokens; what went into it, and each token's
+    log pi - log ref."""
+    advantages, returns, coef = targets
+    scores, mask = score(program, params, memory, frozen, episodes, caps_of(hyper), longest), episodes.mask
+    new = scores.terms
+    moved = jnp.where(mask, new.log_prob - episodes.log_prob, 0.0)
+    ratio = jnp.exp(moved)
+    average = lambda x: mean(x, mask).mean()  # noqa: E731
+    policy = average(jax.vmap(program.loss, (0, 0, 0, None))(new.log_prob, episodes.log_prob, advantages, hyper))
+    penalty = coef * average(jax.vmap(program.kl.loss)(new, -jnp.expm1(-episodes.floor), ratio, mask))
+    value = average(jax.vmap(squared_error)(scores.value, returns))
+    entropy = average(new.entropy)
+    clipped = ratio * advantages > jnp.clip(ratio, 1 - hyper.clip, 1 + hyper.clip) * advantages
+    parts = {"loss/policy_avg": policy, "loss/kl": penalty, "loss/value_avg": value, "policy/entropy_avg": entropy,
+             "policy/clipfrac_avg": average(clipped.astype(jnp.float32)),
+             "policy/approxkl_avg": average(0.5 * moved**2), "val/ratio": average(ratio)}
+    total = policy + penalty + hyper.value_coef * value - hyper.entropy_coef * entropy
+    return total, (parts, jnp.where(mask, new.log_ratio, 0.0))
 
 
-def targets(program, episodes: Episodes, rewards: Float[Array, "b k"], hyper: Hyper):
-    """Advantages and returns [b, k] in reward units (KL penalty subtracted), and the factor on loss terms of the KL."""
-    mask = episodes.mask
-    penalty = jax.vmap(program.kl.reward)(episodes.log_ratio, episodes.kl)      # recorded, zero behind the stream
-    rewards = jnp.where(mask, rewards - hyper.kl_coef * penalty, 0.0)
+def recorded(episodes: Episodes) -> TokenTerms:
+    """What the sampler said of each agent token, [b, k]."""
+    return TokenTerms(*(getattr(episodes, name) for name in TokenTerms._fields))
+
+
+def targets(program, episodes: Episodes, rewards: Float[Array, "b k"], coef: Float[Array, ""], hyper: Hyper):
+    """Advantages and returns [b, k] in reward units (KL penalty subtracted), and the coefficient of the loss's KL."""
+    mask, missing = episodes.mask, -jnp.expm1(-episodes.floor)
+    penalty = jax.vmap(program.kl.reward)(recorded(episodes), missing, mask)
+    rewards = jnp.where(mask, rewards - coef * penalty, 0.0)
     estimate = lambda r, v, m: program.advantage(r, v, m, hyper.discount, hyper.gae_lambda)  # noqa: E731
     advantages, returns = jax.vmap(estimate)(rewards, episodes.value, mask)
-    factor = jnp.float32(1.0)
     if program.normalise:
         advantages, factor = normalise(advantages, mask)
-    return advantages, returns, factor
+        coef = factor * coef
+    return advantages, returns, coef
 
 
-def update(program, state: TrainState, hyper: Hyper, base, episodes: Episodes, rewards: Float[Array, "b k"],
-           longest: Int[Array, ""]) -> tuple[TrainState, dict]:
+def update(program, state: TrainState, hyper: Hyper, frozen: Frozen, episodes: Episodes, rewards: Float[Array, "b k"],
+           longest: Int[Array, ""]) -> tuple[TrainState, dict, Extreme]:
     """All epochs over one batch of one member. Callers vmap over members.
 
     Args:
         rewards: of each agent token, reward units; a reply's reward stands at the last agent token before its end.
     """
-    advantages, returns, factor = targets(program, episodes, rewards, hyper)
+    price = program.controller.read(state.controller, hyper)
+    advantages, returns, coef = targets(program, episodes, rewards, price, hyper)
     rate = learning_rate(program, hyper, state.iteration)
     rows = episodes.mask.shape[0]
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(state.seed), state.iteration), 2**31 - 2)
@@ -124,13 +156,15 @@ def update(program, state: TrainState, hyper: Hyper, base, episodes: Episodes, r
     def minibatch(carry, index):
         params, opt_state = carry
         part, adv, ret = jax.tree.map(lambda x: x[index], (episodes, advantages, returns))
-        grad = jax.value_and_grad(lambda p: objective(program, p, base, part, (adv, ret, factor), hyper, longest),
-                                  has_aux=True)
-        (_, parts), grads = grad(params)
+        grad = jax.value_and_grad(objective, argnums=1, has_aux=True)
+        (_, (parts, ratios)), grads = grad(program, params, state.reference, frozen, part, (adv, ret, coef), hyper,
+                                           longest)
         parts["optim/grad_norm"] = optax.global_norm(grads)
+        worst = jnp.abs(ratios).argmax()
+        extreme = Extreme(ratios.ravel()[worst], index[worst // ratios.shape[1]], worst % ratios.shape[1])
         updates, opt_state = program.optimizer.update(grads, opt_state, params)
         params = optax.apply_updates(params, jax.tree.map(lambda u: -rate * u, updates))
-        return (params, opt_state), parts
+        return (params, opt_state), (parts, extreme)
 
     def order(epoch):
         if program.minibatches == 1:
@@ -138,11 +172,16 @@ def update(program, state: TrainState, hyper: Hyper, base, episodes: Episodes, r
         return jax.random.permutation(jax.random.fold_in(key, epoch), rows).reshape(program.minibatches, -1)
 
     indices = jnp.concatenate([order(epoch) for epoch in range(program.epochs)])
-    (params, opt_state), parts = jax.lax.scan(minibatch, (state.params, state.opt_state), indices)
+    (params, opt_state), (parts, extremes) = jax.lax.scan(minibatch, (state.params, state.opt_state), indices)
+    variance = parts["val/ratio"].var()
     parts = jax.tree.map(lambda x: x.mean(0), parts)
-    parts["optim/learning_rate"] = rate
-    parts["value/explained_variance"] = _explained(episodes.value, returns, episodes.mask)
-    return TrainState(params, opt_state, state.seed, state.iteration + 1), parts
+    spent = jnp.where(episodes.mask, program.kl.exact(recorded(episodes)), 0.0).sum(1).mean()
+    parts |= {"val/ratio_var": variance, "optim/learning_rate": rate, "kl/coef": price,
+              "value/explained_variance": _explained(episodes.value, returns, episodes.mask)}
+    controller = program.controller.update(state.controller, spent, hyper)
+    memory = program.reference.update(state.reference, params, state.iteration)
+    extreme = jax.tree.map(lambda x: x[jnp.abs(extremes.log_ratio).argmax()], extremes)
+    return TrainState(params, opt_state, state.seed, state.iteration + 1, controller, memory), parts, extreme
 
 
 def _explained(values, returns, mask):

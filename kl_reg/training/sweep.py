@@ -8,34 +8,50 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from kl_reg import config as configs
+from kl_reg import runs
 from kl_reg.models import weights
 from kl_reg.training import program
-from kl_reg.types import Hyper
+from kl_reg.types import Frozen, Hyper
 
 
 class Group(NamedTuple):
-    """The members of one program. `members` are their numbers in the sweep; `hyper` and `seeds` have a member axis."""
+    """The members of one program. `members` are their numbers in the sweep; `hyper` and `seeds` have a member axis;
+    `digests` are of the reference's own weights."""
 
     members: list[int]
     program: program.Program
     run: program.Compiled
     hyper: Hyper
     seeds: jax.Array
+    frozen: Frozen
+    digests: tuple[str, ...]
 
 
 def plan(config: ConfigDict, model: weights.Model) -> list[Group]:
     """The programs of a sweep; raises as `program.build` does. The base model is shared by all."""
-    by_static = {}
-    for number, member in enumerate(configs.members(config)):
-        static, hyper, seed = configs.split(configs.override(config, member))
-        by_static.setdefault(static, []).append((number, hyper, seed))
-    groups = []
-    for static, rows in by_static.items():
-        numbers, hypers, seeds = zip(*rows, strict=True)
-        built = program.build(static, model)
-        groups.append(Group(list(numbers), built, program.compile_program(built),
-                            jax.tree.map(lambda *x: jnp.stack(x), *hypers), jnp.array(seeds)))
-    return groups
+    return [_group(members, model) for members in runs.groups(config)]
+
+
+def _group(members, model):
+    statics, hypers, seeds = zip(*(configs.split(own) for _, own in members), strict=True)
+    frozen, start, digests = _reference(statics[0].config().reference)
+    built = program.build(statics[0], model, start)
+    hyper = jax.tree.map(lambda *x: jnp.stack(x), *hypers)
+    return Group([number for number, _ in members], built, program.compile_program(built), hyper, jnp.array(seeds),
+                 Frozen(model.params, frozen), digests)
+
+
+def _reference(settings):
+    """A reference's own frozen parameters, or where it starts from; and digests of what was read."""
+    if not settings.paths:
+        return (), None, ()
+    address = runs.parse(settings.paths[0])
+    if address:
+        member = runs.load(address.workdir, address.iteration)[address.member]
+        return (), jax.tree.map(jnp.asarray, member.params), (member.digest,)
+    models = [weights.load(path) for path in settings.paths]
+    frozen = jax.tree.map(lambda *x: jnp.stack(x), *(model.params for model in models))
+    return frozen, None, tuple(weights.digest(model.folder) for model in models)
 
 
 def hyper_of(config: ConfigDict) -> list[dict]:

@@ -12,7 +12,8 @@ from scipy.special import entr, kl_div, log_softmax, rel_entr, softmax
 
 from kl_reg.kl.exact import reverse_kl, token_terms
 
-kl_of, terms_of = jax.jit(reverse_kl), jax.jit(token_terms)
+kl_of = jax.jit(reverse_kl)
+terms_of = jax.jit(lambda logits, log_base, action: token_terms(logits, log_base, action, forward=True))
 logits = st.sampled_from((2, 7, 65)).flatmap(
     lambda v: arrays.arrays(np.float32, (2, v), elements=st.floats(-40, 40, width=32)))
 
@@ -78,14 +79,19 @@ def test_impossible_tokens():
     assert kl(wide, wide) == 0.0
     assert kl(base, narrow) == np.inf
     terms = terms_of(jnp.float32(narrow), jnp.float32(base), 0)
-    assert [float(x) for x in terms] == pytest.approx([np.log(0.5), np.log(2), np.log(2), np.log(2)], rel=1e-6)
+    assert [float(x) for x in terms] == pytest.approx([np.log(0.5), np.log(2), np.log(2), np.log(2), np.inf], rel=1e-6)
+    terms = terms_of(jnp.float32(base), jnp.float32(narrow), 0)
+    assert float(terms.kl) == np.inf and float(terms.forward_kl) == pytest.approx(np.log(2), rel=1e-6)
+    assert float(terms_of(jnp.float32(wide), jnp.float32(wide), 2).forward_kl) == 0.0
+    np.testing.assert_allclose(jax.grad(lambda z: terms_of(z, jnp.float32(base), 0).forward_kl)(jnp.float32(narrow)),
+                               [0.25, 0.25, -0.5], rtol=1e-6)
 
 
 @pytest.mark.parametrize("nats", [60.0, 100.0])
 def test_extremes_are_finite_and_right(nats):
     """Log-ratios of +-100 nats: probabilities underflow, values and gradients do not."""
     policy, log_base = np.float32([nats, 0, 0]), log_probs([0.0, nats, -nats])
-    np.testing.assert_allclose(terms_of(policy, log_base, 0), [0.0, nats, nats, 0.0], rtol=1e-6, atol=1e-20)
+    np.testing.assert_allclose(terms_of(policy, log_base, 0), [0.0, nats, nats, 0.0, nats], rtol=1e-6, atol=1e-20)
     np.testing.assert_allclose(terms_of(policy, log_base, 1)[:2], [-nats, -nats], rtol=1e-6)
     for derivative in jax.jacobian(terms_of)(policy, log_base, 1):
         assert jnp.isfinite(derivative).all()
@@ -117,6 +123,23 @@ def test_other_terms_are_scipys(pair):
     np.testing.assert_allclose(terms.log_prob, log_policy[action], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(terms.log_ratio, log_policy[action] - log_base[action], rtol=1e-5, atol=3e-5)
     np.testing.assert_allclose(terms.entropy, entr(np.exp(log_policy)).sum(), rtol=1e-4, atol=1e-6)
+    assert terms.forward_kl >= 0
+    np.testing.assert_allclose(terms.forward_kl, exact_kl(base, policy), rtol=1e-5, atol=1e-10)
+
+
+def test_forward_kl_near_equality_keeps_its_digits():
+    """A KL of 1e-8, where the plain sum of beta (log beta - log pi) has an error of 1e-7."""
+    base = normal(0, 200, 2.0)
+    policy = np.float32(base + normal(1, 200, 1e-4))
+    np.testing.assert_allclose(terms_of(policy, log_probs(base), 0).forward_kl, exact_kl(base, policy), rtol=1e-2)
+
+
+def test_forward_kl_is_zero_and_costs_nothing_unless_asked_for():
+    inputs = jnp.asarray(normal(0, 9, 1.0)), jnp.asarray(log_probs(normal(1, 9, 1.0))), jnp.int32(2)
+    assert float(token_terms(*inputs).forward_kl) == 0.0
+    calls = [str(jax.make_jaxpr(token_terms, static_argnums=3)(*inputs, asked)).count("custom_jvp_call[")
+             for asked in (False, True)]
+    assert calls[1] == calls[0] + 1
 
 
 def numeric(function, x, step=1e-5):
@@ -132,7 +155,8 @@ def test_derivatives_are_finite_differences(distance):
     log_prob = numeric(lambda z: log_softmax(z)[3], policy)
     expected = {"log_prob": log_prob, "log_ratio": log_prob,
                 "entropy": numeric(lambda z: entr(softmax(z)).sum(), policy),
-                "kl": numeric(lambda z: rel_entr(softmax(z), softmax(base)).sum(), policy)}
+                "kl": numeric(lambda z: rel_entr(softmax(z), softmax(base)).sum(), policy),
+                "forward_kl": numeric(lambda z: rel_entr(softmax(base), softmax(z)).sum(), policy)}
     got = jax.jacobian(terms_of)(np.float32(policy), np.float32(log_softmax(base)), 3)
     for name, derivative in expected.items():
         np.testing.assert_allclose(getattr(got, name), derivative, rtol=1e-3, atol=1e-3 * np.abs(derivative).max())
@@ -143,7 +167,8 @@ def test_derivatives_are_those_of_the_plain_formula():
 
     def plain(z):
         log_policy = jax.nn.log_softmax(z)
-        return jnp.stack([(jnp.exp(log_policy) * (log_policy - base)).sum(), -(jnp.exp(log_policy) * log_policy).sum()])
+        return jnp.stack([(jnp.exp(log_policy) * (log_policy - base)).sum(), -(jnp.exp(log_policy) * log_policy).sum(),
+                          (jnp.exp(base) * (base - log_policy)).sum()])
 
     got = jnp.stack(jax.jacobian(terms_of)(policy, base, 0)[2:])
     np.testing.assert_allclose(got, jax.jacobian(plain)(policy), rtol=1e-3, atol=1e-6)

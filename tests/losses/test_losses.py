@@ -4,11 +4,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kl_reg.config import default, split
 from kl_reg.losses import LOSSES
 from kl_reg.losses.value import squared_error
-from kl_reg.types import Hyper
 
-HYPER = Hyper(*map(jnp.float32, (0.0, jnp.inf, 1e-3, 0.2, 0.0, 0.5, 1.0, 0.95)))
+HYPER = split(default())[1]
 OLD = jnp.log(jnp.array([0.1, 0.2, 0.5, 0.9]))
 ADVANTAGE = jnp.array([2.0, -2.0, 0.5, 0.0])
 

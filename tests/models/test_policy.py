@@ -14,6 +14,7 @@ from kl_reg.models.actor import Situation
 from kl_reg.models.policy import POLICIES
 from kl_reg.training import program as programs
 from kl_reg.training import step
+from kl_reg.types import Frozen
 
 MEMBERS = 2
 
@@ -30,8 +31,9 @@ class Setup:
         self.program = programs.build(static, self.model)
         self.compiled = programs.compile_program(self.program)
         self.hyper = jax.tree.map(lambda x: jnp.broadcast_to(x, (MEMBERS,)), hyper)
-        self.params = self.compiled.init(self.model.params, jnp.arange(MEMBERS)).params
-        self._score = jax.jit(jax.vmap(partial(step.score, self.program), in_axes=(0, None, 0, 0, None)))
+        self.frozen = Frozen(self.model.params)
+        self.params = self.compiled.init(self.model.params, jnp.arange(MEMBERS), self.hyper).params
+        self._score = jax.jit(jax.vmap(partial(step.score, self.program), in_axes=(0, None, None, 0, 0, None)))
 
     def moved(self):
         """Parameters as training might leave them: all of them, zeros included, moved at random."""
@@ -40,10 +42,10 @@ class Setup:
 
     def sample(self, params):
         keys = rollout.member_keys(jnp.arange(MEMBERS), jnp.zeros(MEMBERS, jnp.int32))
-        return self.compiled.sample(params, self.hyper, self.model.params, keys, jnp.zeros(MEMBERS, jnp.int32))
+        return self.compiled.sample(params, (), self.hyper, self.frozen, keys, jnp.zeros(MEMBERS, jnp.int32))
 
     def score(self, params, episodes):
-        return self._score(params, self.model.params, episodes, self.hyper, episodes.mask.sum(-1).max())
+        return self._score(params, (), self.frozen, episodes, step.caps_of(self.hyper), episodes.mask.sum(-1).max())
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +70,7 @@ def test_the_first_policy_is_the_base(setup):
 
 def test_the_first_ratio_is_one(setup):
     episodes = setup.sample(setup.params)
-    ratio = np.exp(setup.score(setup.params, episodes).log_prob - episodes.log_prob)
+    ratio = np.exp(setup.score(setup.params, episodes).terms.log_prob - episodes.log_prob)
     np.testing.assert_allclose(ratio, 1.0, atol=1e-5)
 
 
@@ -77,9 +79,9 @@ def test_the_sampler_and_the_scorer_agree_on_a_moved_policy(setup):
     episodes = setup.sample(params)
     scores = setup.score(params, episodes)
     assert episodes.kl.sum() > 0.1                                          # it is no longer the base
-    np.testing.assert_allclose(np.exp(scores.log_prob - episodes.log_prob), 1.0, atol=1e-4)
-    for name in ("kl", "entropy", "value"):
-        new, recorded = getattr(scores, name), getattr(episodes, name)
+    np.testing.assert_allclose(np.exp(scores.terms.log_prob - episodes.log_prob), 1.0, atol=1e-4)
+    for name, new in (("kl", scores.terms.kl), ("entropy", scores.terms.entropy), ("value", scores.value)):
+        recorded = getattr(episodes, name)
         np.testing.assert_allclose(new, recorded, atol=1e-4, err_msg=name)
         assert np.asarray(recorded[0])[episodes.mask[0]].std() > 1e-3               # and it depends on what was said
 

@@ -6,6 +6,7 @@ is float64 numpy with scipy's root finder, differentiated by central differences
 """
 from __future__ import annotations
 
+import functools
 import itertools
 from types import SimpleNamespace
 
@@ -13,14 +14,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
+from ml_collections import ConfigDict
 from scipy.optimize import brentq
 from scipy.special import expit, log_softmax, rel_entr, softmax
 
-from kl_reg import advantages, losses, rollout
-from kl_reg.kl.estimators import ESTIMATORS
+from kl_reg import advantages, losses
+from kl_reg import config as configs
+from kl_reg.kl import budget as budgets
+from kl_reg.kl.estimators import KLConfig, build
+from kl_reg.models import reference
 from kl_reg.models.policy import Policy, Reading
 from kl_reg.training import step
-from kl_reg.types import AGENT, OPENING, Episodes, Hyper, Transcript
+from kl_reg.types import AGENT, OPENING, Episodes, Frozen, Sampling, Transcript
 
 SEQUENCES = np.array(list(itertools.product(range(3), repeat=3)))
 ROWS = np.stack([np.zeros(27, int), 1 + SEQUENCES[:, 0], 4 + 3 * SEQUENCES[:, 0] + SEQUENCES[:, 1]], axis=1)
@@ -36,9 +42,12 @@ def tables(seed):
 
 
 class Enumerated:
-    """The process in float64: probabilities and KL of every token of every sequence, by a walk over the 13 prefixes."""
+    """The process in float64: probabilities and KL of every token of every sequence, by a walk over the 13 prefixes.
 
-    def __init__(self, params, base, budget):
+    `carried` is a cap on each token, of which what is left counts for the later ones.
+    """
+
+    def __init__(self, params, base, budget, carried=np.inf):
         self.log_prob, self.kl, self.strength = np.zeros((13, 3)), np.zeros(13), np.zeros(13)
         spent = np.zeros(13)
         for row in range(13):
@@ -46,7 +55,9 @@ class Enumerated:
                 spent[row] = spent[(row - 1) // 3] + self.kl[(row - 1) // 3]
             log_base = log_softmax(base[row])
             gap = params["logits"][row] - base[row]
-            allowance = expit(params["neuron"][row]) * max(budget - spent[row], 0)
+            depth = 0 if row == 0 else 1 if row < 4 else 2
+            left = min(budget - spent[row], carried * (depth + 1) - spent[row])
+            allowance = expit(params["neuron"][row]) * max(left, 0)
             excess = lambda a, gap=gap, log_base=log_base, allowance=allowance: (  # noqa: E731
                 rel_entr(softmax(log_base + a * gap), np.exp(log_base)).sum() - allowance)
             self.strength[row] = 1.0 if excess(1.0) <= 0 else brentq(excess, 0, 1, xtol=1e-15, rtol=1e-14)
@@ -73,25 +84,36 @@ def program(constrained, **settings):
         logits, neuron = params["logits"][features], params["neuron"][features]
         return Reading(base[features], logits - base[features], jnp.zeros(features.shape), jax.nn.sigmoid(neuron))
 
-    policy = Policy(None, None, None, lambda params, base, episodes: episodes.features, read)
-    return SimpleNamespace(policy=policy, env=SimpleNamespace(length=3), constrained=constrained, **settings)
+    policy = Policy(None, None, None, lambda params, base, episodes: episodes.features, None, read, False, True)
+    plain = {"kl": build(KLConfig()), "spend": "neuron", "levels": 4, "carry": False, "sampling": Sampling(),
+             "reference": reference.base(ConfigDict(), policy, Sampling(), None)}
+    return SimpleNamespace(policy=policy, env=SimpleNamespace(length=3), constrained=constrained, **plain | settings)
 
 
 def hyper(budget, kl_coef=0.0):
-    return Hyper(*map(jnp.float32, (kl_coef, budget, 1e-3, 0.2, 0.0, 0.0, 1.0, 1.0)))
+    """Undiscounted, without a value function."""
+    values = configs.split(configs.default())[1]._replace(kl_coef=kl_coef, kl_budget=budget, gae_lambda=1.0)
+    return jax.tree.map(jnp.float32, values._replace(value_coef=0.0))
 
 
 def all_episodes():
     """The 27 sequences, behind an opening of one token."""
-    slot = np.broadcast_to(np.arange(1, 4), (27, 3))
+    slot, nothing = np.broadcast_to(np.arange(1, 4), (27, 3)), np.zeros((27, 3), np.float32)
     transcript = Transcript(np.insert(SEQUENCES, 0, 0, axis=1), np.tile([OPENING] + [AGENT] * 3, (27, 1)),
                             np.tile([-1, 0, 0, 0], (27, 1)), np.zeros(27, int))
-    recorded = [np.zeros((27, 3), np.float32)] * 6
-    return jax.tree.map(jnp.asarray, Episodes(transcript, ROWS, slot, SEQUENCES, np.ones((27, 3), bool), *recorded))
+    fields = dict.fromkeys(Episodes._fields, nothing) | {
+        "transcript": transcript, "features": ROWS, "reference": (), "kept": None, "slot": slot, "action": SEQUENCES,
+        "mask": np.ones((27, 3), bool), "asked": np.zeros(27, bool)}
+    return jax.tree.map(jnp.asarray, Episodes(**fields))
 
 
 def single(tree):
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)
+
+
+def score(prog, params, base, budget, episodes=None):
+    episodes = all_episodes() if episodes is None else episodes
+    return step.score(prog, params, (), Frozen(single(base)), episodes, step.caps_of(hyper(budget)), jnp.int32(3))
 
 
 def estimate(params, base, rewards, budget, constrained=True):
@@ -101,8 +123,8 @@ def estimate(params, base, rewards, budget, constrained=True):
 
     @jax.jit
     def surrogate(params):
-        scores = step.score(program(constrained), params, single(base), all_episodes(), hyper(budget), jnp.int32(3))
-        return (weight[:, None] * to_go * scores.log_prob).sum()
+        scores = score(program(constrained), params, base, budget)
+        return (weight[:, None] * to_go * scores.terms.log_prob).sum()
 
     grads = jax.grad(surrogate)(single(params))
     return np.append(grads["logits"], grads["neuron"])
@@ -120,13 +142,13 @@ def assert_close(got, expected, part=1e-3):
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_score_is_the_enumerated_process(budget, seed):
     params, base, _ = tables(seed)
-    scores = step.score(program(True), single(params), single(base), all_episodes(), hyper(budget), jnp.int32(3))
+    scores = score(program(True), single(params), base, budget)
     exact = Enumerated(params, base, budget)
     assert (exact.strength < 1).sum() >= {0.3: 10, 1.0: 6, 4.0: 1}[budget]
     np.testing.assert_allclose(exact.weight().sum(), 1.0)
-    np.testing.assert_allclose(scores.kl, exact.kl[ROWS], rtol=5e-4)
-    np.testing.assert_allclose(scores.log_prob, exact.log_prob[ROWS, SEQUENCES], rtol=1e-3, atol=1e-3)
-    assert scores.kl.sum(1).max() <= budget * (1 + 1e-5)
+    np.testing.assert_allclose(scores.terms.kl, exact.kl[ROWS], rtol=5e-4)
+    np.testing.assert_allclose(scores.terms.log_prob, exact.log_prob[ROWS, SEQUENCES], rtol=1e-3, atol=1e-3)
+    assert scores.terms.kl.sum(1).max() <= budget * (1 + 1e-5)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -140,9 +162,8 @@ def test_expected_gradient_is_the_enumerated_one(budget, seed):
 @pytest.fixture
 def frozen_ledger(monkeypatch):
     """What was spent is taken as recorded, not as a function of the parameters."""
-    remaining = rollout.remaining
-    for module in (rollout, step):
-        monkeypatch.setattr(module, "remaining", lambda budget, spent: remaining(budget, jax.lax.stop_gradient(spent)))
+    charge = budgets.charge
+    monkeypatch.setattr(budgets, "charge", lambda ledger, nats, own: charge(ledger, jax.lax.stop_gradient(nats), own))
 
 
 def test_a_frozen_ledger_gives_another_gradient(frozen_ledger):
@@ -186,7 +207,7 @@ def test_penalty_and_budget_together(estimator, placement, constrained, budget):
     params, base, rewards = tables(2)
     coef = 0.7
     prog = program(constrained, loss=losses.LOSSES["reinforce"], advantage=advantages.ADVANTAGES["monte_carlo"],
-                   normalise=False, kl=ESTIMATORS[estimator].placements[placement])
+                   normalise=False, kl=build(KLConfig(estimator=estimator, placement=placement)))
 
     def value(p):
         process = Enumerated(p, base, budget)
@@ -197,16 +218,94 @@ def test_penalty_and_budget_together(estimator, placement, constrained, budget):
     log_prob = exact.log_prob[ROWS, SEQUENCES]
     episodes = episodes._replace(log_prob=jnp.float32(log_prob), log_ratio=jnp.float32(log_prob - log_base),
                                  kl=jnp.float32(exact.kl[ROWS]))
-    advantage, returns, factor = step.targets(prog, episodes, jnp.float32(rewards), settings)
+    advantage, returns, price = step.targets(prog, episodes, jnp.float32(rewards), settings.kl_coef, settings)
 
     @jax.jit
     def loss(params):
         """Three times the mean over a sequence's tokens, weighted by its probability."""
         def sequence(*row):
             episode, *target = jax.tree.map(lambda x: x[None], row)
-            return step.objective(prog, params, single(base), episode, (*target, factor), settings, jnp.int32(3))[0]
+            return step.objective(prog, params, (), Frozen(single(base)), episode, (*target, price), settings,
+                                  jnp.int32(3))[0]
 
         return 3 * (jnp.float32(exact.weight()) * jax.vmap(sequence)(episodes, advantage, returns)).sum()
 
     grads = jax.grad(loss)(single(params))
     assert_close(np.append(grads["logits"], grads["neuron"]), -difference(value, params), 2e-3)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_cap_on_each_token_that_carries_over(seed):
+    """The ledger couples tokens through both limits."""
+    params, base, rewards = tables(seed)
+    value = lambda p: (Enumerated(p, base, 1.5, 0.4).weight() * rewards.sum(1)).sum()  # noqa: E731
+    weight = jnp.float32(Enumerated(params, base, 1.5, 0.4).weight())
+    to_go = jnp.cumsum(jnp.float32(rewards)[:, ::-1], axis=1)[:, ::-1]
+    caps = step.caps_of(hyper(1.5)._replace(kl_token_budget=jnp.float32(0.4)))
+
+    @jax.jit
+    def surrogate(params):
+        scores = step.score(program(True, carry=True), params, (), Frozen(single(base)), all_episodes(), caps,
+                            jnp.int32(3))
+        return (weight[:, None] * to_go * scores.terms.log_prob).sum()
+
+    grads = jax.grad(surrogate)(single(params))
+    assert_close(np.append(grads["logits"], grads["neuron"]), difference(value, params))
+
+
+# The amount as an action: Binomial(LEVELS, neuron) / LEVELS of what is left, charged in full
+
+LEVELS = 2
+AMOUNTS = np.array(list(itertools.product(range(LEVELS + 1), repeat=3)))
+JOINT = np.array(list(itertools.product(range(27), range(len(AMOUNTS)))))          # (sequence, amounts)
+
+
+class Sampled:
+    """Every token and amount of every joint sequence in float64; the amount's probability and the token's."""
+
+    def __init__(self, params, base, budget):
+        self.log_prob, self.kl, self.charged = np.zeros((3, len(JOINT), 3))
+        strength = functools.cache(lambda row, allowance: self._strength(params, base, row, allowance))
+        for i, (sequence, amounts) in enumerate(JOINT):
+            left = budget
+            for t in range(3):
+                row, count = ROWS[sequence, t], AMOUNTS[amounts, t]
+                allowance = count / LEVELS * left
+                log_base = log_softmax(base[row])
+                log_policy = log_softmax(log_base + strength(row, allowance) * (params["logits"][row] - base[row]))
+                spend = scipy.stats.binom.logpmf(count, LEVELS, expit(params["neuron"][row]))
+                self.log_prob[i, t] = spend + log_policy[SEQUENCES[sequence, t]]
+                self.kl[i, t] = rel_entr(np.exp(log_policy), np.exp(log_base)).sum()
+                self.charged[i, t] = allowance
+                left -= allowance
+
+    @staticmethod
+    def _strength(params, base, row, allowance):
+        gap, log_base = params["logits"][row] - base[row], log_softmax(base[row])
+        excess = lambda a: rel_entr(softmax(log_base + a * gap), np.exp(log_base)).sum() - allowance  # noqa: E731
+        return 1.0 if excess(1.0) <= 0 else brentq(excess, 0, 1, xtol=1e-15, rtol=1e-14) if allowance > 0 else 0.0
+
+    def weight(self):
+        return np.exp(self.log_prob.sum(1))
+
+
+def test_the_gradient_of_a_sampled_amount_is_the_enumerated_one():
+    params, base, rewards = tables(0)
+    rewards = rewards[JOINT[:, 0]]
+    value = lambda p: (Sampled(p, base, 1.0).weight() * rewards.sum(1)).sum()  # noqa: E731
+    process = Sampled(params, base, 1.0)
+    weight, to_go = jnp.float32(process.weight()), jnp.cumsum(jnp.float32(rewards)[:, ::-1], axis=1)[:, ::-1]
+    episodes = jax.tree.map(lambda x: x[JOINT[:, 0]], all_episodes())
+    episodes = episodes._replace(part=jnp.float32(AMOUNTS[JOINT[:, 1]] / LEVELS))
+    prog = program(True, spend="sampled", levels=LEVELS)
+    np.testing.assert_allclose(process.weight().sum(), 1.0)
+    scores = score(prog, single(params), base, 1.0, episodes)
+    np.testing.assert_allclose(scores.terms.log_prob, process.log_prob, rtol=1e-3, atol=1e-3)
+    assert (scores.terms.kl <= process.charged * (1 + 1e-5) + 1e-6).all() and process.charged.sum(1).max() <= 1 + 1e-9
+
+    @jax.jit
+    def surrogate(params):
+        return (weight[:, None] * to_go * score(prog, params, base, 1.0, episodes).terms.log_prob).sum()
+
+    grads = jax.grad(surrogate)(single(params))
+    assert_close(np.append(grads["logits"], grads["neuron"]), difference(value, params))

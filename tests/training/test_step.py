@@ -14,11 +14,11 @@ import pytest
 
 from kl_reg import advantages, losses, rollout
 from kl_reg import config as configs
-from kl_reg.kl.estimators import ESTIMATORS
+from kl_reg.kl.estimators import KLConfig, build
 from kl_reg.models import weights
 from kl_reg.training import program as programs
 from kl_reg.training import step
-from kl_reg.types import Episodes, Hyper, TrainState, Transcript
+from kl_reg.types import Episodes, Frozen, Hyper, TrainState, Transcript
 
 ITERATIONS = 11
 
@@ -27,7 +27,7 @@ class Group(NamedTuple):
     """Three members that differ in coefficient, budget and learning rate, and six episodes of each."""
 
     program: programs.Program
-    base: dict
+    frozen: Frozen
     params: dict
     hyper: Hyper
     episodes: Episodes
@@ -51,17 +51,19 @@ def group(tiny_folder):
     hyper = jax.tree.map(lambda x: jnp.broadcast_to(x, (3,)), hyper)._replace(
         kl_coef=jnp.array([0.0, 0.1, 1.0]), kl_budget=jnp.array([1.0, 3.0, 10.0]),
         learning_rate=jnp.array([0.01, 0.03, 0.1]))
-    state, rng = compiled.init(model.params, jnp.arange(3)), np.random.default_rng(0)
+    state, rng = compiled.init(model.params, jnp.arange(3), hyper), np.random.default_rng(0)
     params = jax.tree.map(lambda x: jnp.float32(x + rng.normal(0, 0.3, x.shape)), jax.device_get(state.params))
-    episodes = compiled.sample(params, hyper, model.params, rollout.member_keys(state.seed, state.iteration),
+    frozen = Frozen(model.params)
+    episodes = compiled.sample(params, (), hyper, frozen, rollout.member_keys(state.seed, state.iteration),
                                jnp.zeros(3, jnp.int32))
     # the streams end at different places, as those of real episodes do
     lengths = jnp.array([12, 3, 9, 1, 6, 12])[None, :, None]
     mask = episodes.mask & (jnp.arange(12)[None, None] < lengths)
     episodes = jax.tree.map(lambda x: x, episodes)._replace(mask=mask, **{
-        name: jnp.where(mask, getattr(episodes, name), 0) for name in Episodes._fields[5:]})
+        name: jnp.where(mask, getattr(episodes, name), 0)
+        for name in ("slot", "action", "part", "log_prob", "log_ratio", "kl", "entropy", "value", "spent_before")})
     rewards = jnp.where(mask, jnp.float32(rng.normal(0, 1, mask.shape)), 0.0)
-    return Group(program, model.params, params, hyper, episodes, rewards)
+    return Group(program, frozen, params, hyper, episodes, rewards)
 
 
 SUM = optax.GradientTransformation(lambda params: jax.tree.map(jnp.zeros_like, params), lambda grads, state, params: (
@@ -99,7 +101,7 @@ def gradient(program, group, episodes=None, rewards=None, k=1):
     episodes = one(group.episodes, k) if episodes is None else episodes
     rewards = one(group.rewards, k) if rewards is None else rewards
     update = jax.jit(partial(step.update, program._replace(optimizer=SUM)))
-    return update(one(fresh(group, SUM), k), one(group.hyper, k), group.base, episodes, rewards,
+    return update(one(fresh(group, SUM), k), one(group.hyper, k), group.frozen, episodes, rewards,
                   episodes.mask.sum(-1).max())[0].opt_state
 
 
@@ -119,14 +121,14 @@ def test_a_member_of_a_group_is_updated_as_alone(group, name):
 
     def twice(state, *rest):
         for _ in range(2):
-            state, _ = compiled.update(state, *rest)
+            state, *_ = compiled.update(state, *rest)
         return state
 
-    together = twice(fresh(group, optimizer), group.hyper, group.base, group.episodes, group.rewards)
+    together = twice(fresh(group, optimizer), group.hyper, group.frozen, group.episodes, group.rewards)
     changes = jax.tree.map(jnp.subtract, together.params, group.params)
     for k in range(3):
-        alone = twice(member(fresh(group, optimizer), k), member(group.hyper, k), group.base, member(group.episodes, k),
-                      member(group.rewards, k))
+        alone = twice(member(fresh(group, optimizer), k), member(group.hyper, k), group.frozen,
+                      member(group.episodes, k), member(group.rewards, k))
         assert_close(member(together.params, k), alone.params, 1e-4)
         assert_close(member(changes, k), jax.tree.map(jnp.subtract, alone.params, member(group.params, k)), part)
         assert int(alone.iteration[0]) == 2 and int(alone.seed[0]) == k
@@ -134,7 +136,7 @@ def test_a_member_of_a_group_is_updated_as_alone(group, name):
 
 def test_each_hyper_parameter_reaches_its_member(group):
     """On the same episodes and parameters, members with another setting get another update."""
-    same = jax.tree.map(lambda x: jnp.stack([x[1]] * 3), group._replace(program=(), base=()))
+    same = jax.tree.map(lambda x: jnp.stack([x[1]] * 3), group._replace(program=(), frozen=()))
     drift = jnp.float32(np.random.default_rng(0).normal(0, 0.2, (6, 12)))      # ratios other than 1, for the clip
     episodes = same.episodes._replace(log_prob=same.episodes.log_prob + jnp.where(same.episodes.mask, drift[None], 0))
     state = TrainState(same.params, jax.vmap(SGD.init)(same.params), jnp.arange(3), jnp.zeros(3, jnp.int32))
@@ -144,7 +146,7 @@ def test_each_hyper_parameter_reaches_its_member(group):
     update = jax.jit(jax.vmap(partial(step.update, program), in_axes=(0, 0, None, 0, 0, None)))
     for name, value in changed.items():
         hyper = same.hyper._replace(**{name: getattr(same.hyper, name).at[1].set(value)})
-        params = update(state, hyper, group.base, episodes, same.rewards, jnp.int32(12))[0].params
+        params = update(state, hyper, group.frozen, episodes, same.rewards, jnp.int32(12))[0].params
         np.testing.assert_allclose(vector(one(params, 0)), vector(one(params, 2)), rtol=1e-6)
         assert np.abs(vector(one(params, 0)) - vector(one(params, 1))).max() > 1e-4, name
 
@@ -155,8 +157,8 @@ def test_padding_of_the_stream_changes_nothing(group, usual):
     """Five more positions without a token, whatever their features say."""
     episodes = one(group.episodes)
     pad = lambda x, value=0: jnp.pad(x, [(0, 0), (0, 5)] + [(0, 0)] * (x.ndim - 2), constant_values=value)  # noqa: E731
-    longer = jax.tree.map(pad, episodes._replace(transcript=()))
-    longer = longer._replace(transcript=episodes.transcript, features=pad(episodes.features, 3.0))
+    longer = jax.tree.map(pad, episodes._replace(transcript=(), asked=()))
+    longer = longer._replace(transcript=episodes.transcript, asked=episodes.asked, features=pad(episodes.features, 3.0))
     assert_close(gradient(group.program, group, longer, pad(one(group.rewards))), usual, 1e-5)
 
 
@@ -177,20 +179,22 @@ def test_an_epoch_of_minibatches_sees_every_episode_once(group):
 
 # By hand
 
-def settings(kl_coef=0.0, learning_rate=1e-3):
-    return Hyper(*map(jnp.float32, (kl_coef, jnp.inf, learning_rate, 0.2, 0, 0, 1, 1)))
+def settings(learning_rate=1e-3):
+    values = configs.split(configs.default())[1]._replace(learning_rate=learning_rate, gae_lambda=1.0)
+    return jax.tree.map(jnp.float32, values)
 
 
 def by_hand(estimator, placement, normalise=False):
     """Advantages, returns and factor of one episode of three tokens, coefficient 2, behind it a padded position."""
-    program = SimpleNamespace(kl=ESTIMATORS[estimator].placements[placement], normalise=normalise,
+    program = SimpleNamespace(kl=build(KLConfig(estimator=estimator, placement=placement)), normalise=normalise,
                               advantage=advantages.ADVANTAGES["monte_carlo"])
     row = lambda *x: jnp.array([x], jnp.float32)  # noqa: E731
     zero, whole = row(0, 0, 0, 0), jnp.zeros((1, 4), jnp.int32)
-    episodes = Episodes(Transcript(whole, whole, whole, jnp.zeros(1, jnp.int32)), (), whole, whole,
-                        jnp.array([[True, True, True, False]]), log_prob=zero, log_ratio=row(0.5, -0.1, 0.2, 0),
-                        kl=row(0.1, 0.2, 0.3, 0), entropy=zero, value=zero, spent_before=zero)
-    return step.targets(program, episodes, row(1, 2, 3, 0), settings(kl_coef=2.0))
+    fields = dict.fromkeys(Episodes._fields, zero) | {
+        "transcript": Transcript(whole, whole, whole, jnp.zeros(1, jnp.int32)), "slot": whole, "action": whole,
+        "mask": jnp.array([[True, True, True, False]]), "log_ratio": row(0.5, -0.1, 0.2, 0),
+        "kl": row(0.1, 0.2, 0.3, 0)}
+    return step.targets(program, Episodes(**fields), row(1, 2, 3, 0), jnp.float32(2.0), settings())
 
 
 @pytest.mark.parametrize("estimator, placement, expected", [
@@ -198,18 +202,18 @@ def by_hand(estimator, placement, normalise=False):
     ("exact", "loss", [6, 5, 3]),
     ("k1", "reward", [6 - 2 * 0.6, 5 - 2 * 0.1, 3 - 2 * 0.2])])                   # r_t - c L_t
 def test_penalty_in_the_reward(estimator, placement, expected):
-    advantage, returns, factor = by_hand(estimator, placement)
+    advantage, returns, coef = by_hand(estimator, placement)
     np.testing.assert_allclose(advantage[0], [*expected, 0], rtol=1e-6)
     np.testing.assert_allclose(returns, advantage)
-    assert factor == 1.0
+    assert coef == 2.0
 
 
 def test_normalised_advantages_and_the_factor():
     """Mean 0 and deviation 1 over the tokens that exist; the loss's KL is scaled as the reward's."""
-    plain, (advantage, returns, factor) = by_hand("exact", "full"), by_hand("exact", "full", True)
+    plain, (advantage, returns, coef) = by_hand("exact", "full"), by_hand("exact", "full", True)
     values = np.asarray(plain[0])[0, :3]
     np.testing.assert_allclose(advantage[0, :3], (values - values.mean()) / values.std(), rtol=1e-4)
-    np.testing.assert_allclose(factor, 1 / values.std(), rtol=1e-4)
+    np.testing.assert_allclose(coef, 2 / values.std(), rtol=1e-4)
     np.testing.assert_allclose(returns, plain[1])
 
 
@@ -231,20 +235,23 @@ def test_learning_rate_of_short_runs(warmup, iterations, iteration, part):
 def test_objective_at_the_recorded_parameters(group):
     """The ratio is 1, so every term is a mean over tokens of what was recorded."""
     episodes, hyper, rewards = one(group.episodes), one(group.hyper), one(group.rewards)
-    targets = step.targets(group.program, episodes, rewards, hyper)
+    targets = step.targets(group.program, episodes, rewards, hyper.kl_coef, hyper)
     objective = jax.jit(partial(step.objective, group.program))
-    total, parts = objective(one(group.params), group.base, episodes, targets, hyper, jnp.int32(12))
-    advantage, returns, factor = (np.asarray(x) for x in targets)
+    total, (parts, ratios) = objective(one(group.params), (), group.frozen, episodes, targets, hyper, jnp.int32(12))
+    advantage, returns, coef = (np.asarray(x) for x in targets)
     mask = np.asarray(episodes.mask)
     assert 12 < mask.sum() < 60
     mean = lambda x: np.asarray(x)[mask].mean()  # noqa: E731
-    expected = {"loss/policy": -mean(advantage), "loss/kl": factor * 0.1 * mean(episodes.kl),
-                "loss/value": 0.5 * 0.5 * mean((np.asarray(episodes.value) - returns) ** 2),
-                "loss/entropy": -0.01 * mean(episodes.entropy)}
+    expected = {"loss/policy_avg": -mean(advantage), "loss/kl": coef * mean(episodes.kl),
+                "loss/value_avg": 0.5 * mean((np.asarray(episodes.value) - returns) ** 2),
+                "policy/entropy_avg": mean(episodes.entropy)}
     for name, value in expected.items():
         np.testing.assert_allclose(parts[name], value, rtol=1e-3, atol=1e-5, err_msg=name)
-    np.testing.assert_allclose(total, sum(expected.values()), rtol=1e-3)
-    assert parts["policy/clip_fraction"] == 0 and abs(parts["policy/old_kl/nats_per_token"]) < 1e-6
+    policy, penalty, value, entropy = expected.values()
+    np.testing.assert_allclose(total, policy + penalty + 0.5 * value - 0.01 * entropy, rtol=1e-3)
+    assert parts["policy/clipfrac_avg"] == 0 and abs(parts["policy/approxkl_avg"]) < 1e-9
+    np.testing.assert_allclose(parts["val/ratio"], 1.0, rtol=1e-5)
+    np.testing.assert_allclose(ratios, episodes.log_ratio, rtol=1e-3, atol=1e-5)
 
 
 def test_reinforce_is_the_score_weighted_with_the_return_to_go(group):
@@ -258,8 +265,8 @@ def test_reinforce_is_the_score_weighted_with_the_return_to_go(group):
 
     @jax.jit
     def weighted(params):
-        scores = step.score(program, params, group.base, episodes, hyper, jnp.int32(12))
-        return -(to_go * scores.log_prob).sum() / mask.sum()
+        scores = step.score(program, params, (), group.frozen, episodes, step.caps_of(hyper), jnp.int32(12))
+        return -(to_go * scores.terms.log_prob).sum() / mask.sum()
 
     expected = jax.grad(weighted)(one(group.params, 0))
     got = gradient(program, group._replace(hyper=jax.tree.map(lambda x: x[None], hyper)), k=0)
@@ -269,8 +276,8 @@ def test_reinforce_is_the_score_weighted_with_the_return_to_go(group):
 def test_update_moves_against_the_gradient_at_the_scheduled_rate(group, usual):
     """One epoch of plain gradient descent; iteration 0 of a warm-up of three."""
     program = group.program._replace(optimizer=SGD)
-    state, metrics = jax.jit(partial(step.update, program))(
-        one(fresh(group, SGD)), one(group.hyper), group.base, one(group.episodes), one(group.rewards), jnp.int32(12))
+    state, metrics, _ = jax.jit(partial(step.update, program))(
+        one(fresh(group, SGD)), one(group.hyper), group.frozen, one(group.episodes), one(group.rewards), jnp.int32(12))
     np.testing.assert_allclose(metrics["optim/learning_rate"], 0.03 / 3, rtol=1e-6)
     expected = jax.tree.map(lambda g: -0.01 * g, usual)
     assert_close(jax.tree.map(jnp.subtract, state.params, one(group.params)), expected, 1e-3)

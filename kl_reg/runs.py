@@ -1,0 +1,93 @@
+"""A run's directory as others read it: its configuration and its members' parameters at any checkpoint."""
+from __future__ import annotations
+
+import hashlib
+import json
+import pathlib
+import re
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from ml_collections import ConfigDict
+
+from kl_reg import config as configs
+
+
+class Member(NamedTuple):
+    """One member of a run at one checkpoint. `config` is its own, without the sweep; `digest` is of its parameters."""
+
+    config: ConfigDict
+    params: dict
+    iteration: int
+    digest: str
+
+
+class Address(NamedTuple):
+    """RUN[:MEMBER][@ITERATION], as "runs/quickstart:3@40"; None: not given."""
+
+    workdir: pathlib.Path
+    member: int | None
+    iteration: int | None
+
+
+def parse(text: str) -> Address | None:
+    """What `text` addresses; None where that is no run's directory."""
+    path, member, iteration = re.fullmatch(r"(.*?)(?::(\d+))?(?:@(\d+))?", text).groups()
+    file = pathlib.Path(path) / "config.json"
+    if not file.is_file() or "fingerprint" not in json.loads(file.read_text()):
+        return None
+    return Address(pathlib.Path(path), *(None if x is None else int(x) for x in (member, iteration)))
+
+
+def config_of(workdir: pathlib.Path) -> ConfigDict:
+    """The resolved configuration, settings that it lacks and those of the log at their defaults."""
+    stored = json.loads((workdir / "config.json").read_text())["config"]
+    stored = configs.flat(ConfigDict({key: value for key, value in stored.items() if key != "log"}))
+    config = configs.default()
+    known = configs.flat(config)
+    unknown = sorted(set(stored) - set(known))
+    if unknown:
+        raise ValueError(f"{workdir / 'config.json'}: unknown settings {', '.join(unknown)}")
+    with config.ignore_type():
+        config.update_from_flattened_dict(stored)
+    return config
+
+
+def iterations(workdir: pathlib.Path) -> list[int]:
+    """Iterations of which there is a checkpoint, in order."""
+    folder = workdir / "checkpoints"
+    return sorted(int(entry.name) for entry in folder.iterdir() if entry.name.isdigit()) if folder.is_dir() else []
+
+
+def load(workdir: pathlib.Path, iteration: int | None = None) -> list[Member]:
+    """All members at a checkpoint, the last one where no iteration is given.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint; lists those that exist.
+    """
+    have = iterations(workdir)
+    if not have or iteration not in (None, *have):
+        raise FileNotFoundError(f"{workdir}: no checkpoint {'' if iteration is None else f'of iteration {iteration}'}; "
+                                f"there are {', '.join(map(str, have)) or 'none'}")
+    iteration = have[-1] if iteration is None else iteration
+    manager = ocp.CheckpointManager((workdir / "checkpoints").absolute())
+    stored = manager.restore(iteration, args=ocp.args.Composite(state=ocp.args.StandardRestore())).state
+    manager.close()
+    config, rows = config_of(workdir), {}
+    for state, members in zip(stored, groups(config), strict=True):
+        for i, (number, own) in enumerate(members):
+            params = jax.tree.map(lambda x, i=i: np.asarray(x[i]), state["params"])
+            leaves = b"".join(x.tobytes() for x in jax.tree.leaves(params))
+            rows[number] = Member(own, params, iteration, hashlib.sha256(leaves).hexdigest())
+    return [rows[number] for number in sorted(rows)]
+
+
+def groups(config: ConfigDict) -> list[list[tuple[int, ConfigDict]]]:
+    """Members by program, as training groups them: (number in the sweep, its configuration)."""
+    by_static = {}
+    for number, member in enumerate(configs.members(config)):
+        own = configs.override(config, member)
+        by_static.setdefault(configs.split(own)[0], []).append((number, own))
+    return list(by_static.values())

@@ -1,0 +1,155 @@
+"""Everything about an experiment that can be known to be wrong before any work starts."""
+from __future__ import annotations
+
+import math
+
+from ml_collections import ConfigDict
+
+from kl_reg import advantages, envs, losses, rewards, runs
+from kl_reg.analysis.groups import compile_expressions
+from kl_reg.choice import SPENDS
+from kl_reg.config import BUDGETS, HYPER, default, flat, kl_config, members, override
+from kl_reg.kl import controllers, estimators
+from kl_reg.kl.references import CUTS
+from kl_reg.models import policy, reference, weights
+
+_SHARED = ("sweep", "model", "env", "reward", "evaluation", "checkpoint", "log", "rl.iterations")
+"""Settings that all members of a sweep share: they have one base model, one task and one evaluation."""
+
+_AT_LEAST_ONE = ("rl.iterations", "rl.episodes", "rl.epochs", "rl.minibatches", "env.length", "policy.layers",
+                 "policy.hidden", "policy.spend_levels", "evaluation.episodes", "checkpoint.every", "checkpoint.keep",
+                 "optim.warmup", "reference.every")
+_NOT_NEGATIVE = ("kl.coef", "kl.target", "kl.horizon", "kl.rate", "kl.gain", "kl.final", "sampling.top_k", "rl.clip",
+                 "rl.value_coef", "rl.entropy_coef", "optim.learning_rate", "optim.max_grad_norm", "optim.final",
+                 "seed", "env.opening_turns")
+_PARTS = ("rl.discount", "rl.gae_lambda", "policy.spend_init", "reference.decay", "reference.alpha",
+          "sampling.min_p")
+
+
+def validate(config: ConfigDict) -> None:
+    """Everything that can be known to be wrong before any work starts.
+
+    Raises:
+        ValueError: names the setting, its value and what is accepted.
+        FileNotFoundError: the model folder or one of its files is missing.
+    """
+    unknown, missing = set(flat(config)) - set(flat(default())), set(flat(default())) - set(flat(config))
+    if unknown or missing:
+        raise ValueError(f"config: unknown settings {sorted(unknown)}, missing settings {sorted(missing)}; "
+                         "start from kl_reg.config.default()")
+    compile_expressions(config.log.groups)
+    for member in members(config):
+        shared = [key for key in member if key.startswith(_SHARED)]
+        if shared:
+            raise ValueError(f"sweep: {', '.join(shared)} cannot differ between members, which share one base model, "
+                             "task and evaluation; launch one sweep for each value")
+        _validate_member(override(config, member))
+
+
+def _validate_member(config):
+    values = flat(config)
+    given = [key for key in BUDGETS if values[key] is not None]
+    for key in (*_AT_LEAST_ONE, *_NOT_NEGATIVE, *_PARTS, *given):
+        value, low = values[key], 1 if key in _AT_LEAST_ONE else 0
+        if not math.isfinite(value) or value < low:
+            raise ValueError(f"{key}={value!r} must be a number of at least {low}")
+        if key in _PARTS and value > 1:
+            raise ValueError(f"{key}={value!r} must be at most 1")
+    if config.seed >= 2**31:
+        raise ValueError(f"seed={config.seed} must be less than 2**31")
+    if config.model.dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"model.dtype={config.model.dtype!r}: choose 'float32' or 'bfloat16'")
+    if config.policy.kind == "full" and config.model.dtype != "float32":
+        raise ValueError("policy.kind='full' with model.dtype='bfloat16': updates are smaller than a weight's "
+                         "resolution; use model.dtype='float32'")
+    if not 0 < config.policy.spend_init < 1:
+        raise ValueError(f"policy.spend_init={config.policy.spend_init!r} must lie strictly between 0 and 1")
+    if config.rl.episodes % config.rl.minibatches:
+        raise ValueError(f"rl.episodes={config.rl.episodes} must be a multiple of "
+                         f"rl.minibatches={config.rl.minibatches}")
+    _validate_kl(config, values, given)
+    _validate_sampling(config)
+    _validate_reference(config)
+    for registry, name in ((policy.POLICIES, config.policy.kind), (losses.LOSSES, config.rl.loss),
+                           (advantages.ADVANTAGES, config.rl.advantage), (envs.ENVIRONMENTS, config.env.name),
+                           (rewards.REWARDS, config.reward.name)):
+        registry[name]  # noqa: B018 - raises for an unknown name
+    shapes = weights.load_config(config.model.path, config.model.dtype)
+    if config.policy.layers > shapes.layers:
+        raise ValueError(f"policy.layers={config.policy.layers}: the model has {shapes.layers} layers")
+    if config.env.length > shapes.max_position:
+        raise ValueError(f"env.length={config.env.length}: longer than the model's context of {shapes.max_position}")
+
+
+def _validate_kl(config, values, given):
+    kl = config.kl
+    contract = estimators.build(kl_config(config)).config
+    if kl.temperature is not None and kl.temperature != config.sampling.temperature:
+        raise ValueError(f"kl.temperature={kl.temperature} with sampling.temperature={config.sampling.temperature}: "
+                         "tokens drawn at one temperature say nothing of the KL at another; leave kl.temperature unset")
+    if contract.placement == "full" and config.rl.discount != 1 and (kl.coef or kl.controller != "fixed"):
+        raise ValueError(f"kl.placement='full' with rl.discount={config.rl.discount}: its two halves would be "
+                         "discounted differently; use rl.discount=1.0, or estimator='k1' with placement='reward'")
+    if kl.spend not in SPENDS:
+        raise ValueError(f"kl.spend={kl.spend!r} is unknown; choose one of {', '.join(SPENDS)}")
+    if kl.spend != "neuron" and not given:
+        raise ValueError(f"kl.spend={kl.spend!r} without a budget has no effect; set one of {', '.join(BUDGETS)}")
+    if kl.carry and kl.turn_budget is None and kl.token_budget is None:
+        raise ValueError("kl.carry=True has no effect without kl.turn_budget or kl.token_budget")
+    controllers.CONTROLLERS[kl.controller]  # noqa: B018 - raises for an unknown name
+    if kl.controller in controllers.NEEDS:
+        names = {field: key for key, field in HYPER.items()}
+        for field in controllers.NEEDS[kl.controller].positive:
+            if not values[names[field]] > 0:
+                raise ValueError(f"{names[field]}={values[names[field]]!r} must be positive for "
+                                 f"kl.controller={kl.controller!r}")
+
+
+def _validate_sampling(config):
+    sampling = config.sampling
+    if not (math.isfinite(sampling.temperature) and sampling.temperature > 0):
+        raise ValueError(f"sampling.temperature={sampling.temperature!r} must be a positive number")
+    if not 0 < sampling.top_p <= 1:
+        raise ValueError(f"sampling.top_p={sampling.top_p!r} must lie in (0, 1]")
+
+
+def _validate_reference(config):
+    settings, kl = config.reference, config.kl
+    reference.REFERENCES[settings.name]  # noqa: B018 - raises for an unknown name
+    several = settings.name in ("mixture", "pessimistic")
+    if len(settings.paths) != (settings.name == "checkpoint") and not (several and len(settings.paths) > 1):
+        wanted = "two model folders or more" if several else "one" if settings.name == "checkpoint" else "none"
+        raise ValueError(f"reference.paths={tuple(settings.paths)!r} with reference.name={settings.name!r}: "
+                         f"give {wanted}")
+    if settings.cut not in CUTS:
+        raise ValueError(f"reference.cut={settings.cut!r} is unknown; choose one of {', '.join(CUTS)}")
+    if settings.name == "pessimistic" and (kl.direction == "forward" or kl.reduction == "sequence"):
+        raise ValueError("reference.name='pessimistic' is a semi-distribution: use kl.direction='reverse' and "
+                         "kl.reduction='token'")
+    vocabulary = (weights.model_folder(config.model.path) / "tokenizer.json").read_bytes()
+    for path in settings.paths:
+        if runs.parse(path):
+            _validate_run(config, path)
+        elif (weights.model_folder(path) / "tokenizer.json").read_bytes() != vocabulary:
+            raise ValueError(f"reference.paths: {path!r} has another tokenizer than model.path={config.model.path!r}; "
+                             "KL needs one vocabulary")
+        elif weights.load_config(path) != weights.load_config(settings.paths[0]):
+            raise ValueError(f"reference.paths: {path!r} has another shape than {settings.paths[0]!r}; the models of "
+                             "one reference are stacked")
+
+
+def _validate_run(config, path):
+    if config.reference.name != "checkpoint":
+        raise ValueError(f"reference.paths: {path!r} is a run; only reference.name='checkpoint' takes one, mixtures "
+                         "are of model folders")
+    address = runs.parse(path)
+    swept = members(runs.config_of(address.workdir))
+    if address.member is None or address.member >= len(swept):
+        raise ValueError(f"reference.paths: {path!r} must name a member, as {address.workdir}:0; it has {len(swept)}")
+    theirs = override(runs.config_of(address.workdir), swept[address.member])
+    if any(flat(theirs)[key] is not None for key in BUDGETS):
+        raise ValueError(f"reference.paths: {path!r} has a hard budget: what it does depends on its own ledger, so it "
+                         "is no reference for another policy")
+    if theirs.policy != config.policy or theirs.model.path != config.model.path:
+        raise ValueError(f"reference.paths: {path!r} has another policy or base model: policy.* and model.path must be "
+                         "the same")
