@@ -68,7 +68,7 @@ def default() -> ConfigDict:
     config.kl.controller = "fixed"        # of the coefficient: linear, cosine, adaptive, lagrangian, pi
     config.kl.target = 10.0               # nats per episode, that a controller aims at
     config.kl.horizon = 1000.0            # episodes, of "adaptive"
-    config.kl.rate = 0.1                  # of "lagrangian" and "pi": log coefficient per iteration and relative error
+    config.kl.rate = 0.05                 # of "lagrangian" and "pi": log coefficient per iteration and relative error
     config.kl.gain = 0.5                  # of "pi": log coefficient per relative error
     config.kl.final = 0.0                 # coefficient at the end of a schedule
     config.kl.budget = config_dict.placeholder(float)          # hard, nats per episode; None: none

@@ -70,7 +70,8 @@ class MemberLog:
             self._events.add_event(Event(wall_time=time.time(), step=iteration,
                                          session_log=SessionLog(status=SessionLog.START)))
         elif tensorboard:
-            shown = {key: "none" if value is None else value for key, value in hyper.items()}
+            shown = {key: value if isinstance(value, (bool, int, float, str)) else str(value)
+                     for key, value in hyper.items()}
             self._add(summary_v2.hparams_pb(shown), 0)
 
     def write(self, row: dict) -> None:

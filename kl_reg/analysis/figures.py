@@ -1,8 +1,10 @@
-"""The report's figures. A colour means the same setting in all: coefficients from green (small) to purple, solid;
-budgets in oranges, dashed; the base model black."""
+"""The report's figures. A colour means the same setting in all: fixed coefficients from green (small) to purple, moving
+ones in pinks, budgets in oranges, the base model black; line and marker tell settings apart that differ otherwise."""
 from __future__ import annotations
 
+import math
 import pathlib
+import textwrap
 from collections.abc import Sequence
 
 import matplotlib
@@ -14,29 +16,46 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from kl_reg.analysis.frontier import INTERVALS, Point
-from kl_reg.analysis.stats import ByPosition, Setting, number, silent_rates
+from kl_reg.analysis.settings import Setting, kl_name, warnings
+from kl_reg.analysis.stats import ByPosition, number, silent_rates
 
 STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
          "grid.alpha": 0.25, "axes.axisbelow": True, "axes.titlesize": 10.5, "axes.titlelocation": "left",
          "legend.frameon": False, "savefig.dpi": 150, "figure.constrained_layout.use": True}
-CURVES = (("return", "return per episode"), ("kl/nats_per_episode", "KL to the base (nats per episode)"),
+CURVES = (("return", "return per episode"), ("kl/nats_per_episode", "{kl} (nats per episode)"),
           ("student/silent_rate", "student turns that are empty"),
           ("entropy/nats_per_token", "entropy (nats per token)"))
+COEF = "kl/coef"
 BASE, HUMAN = "black", "0.55"
+_COLORS = {"coef": ("viridis", 0.8, 0.0), "controlled": ("PuRd", 0.5, 1.0), "budget": ("Oranges", 0.5, 0.95)}
+_MARKERS = {"coef": "osv^P*", "controlled": "^vXP<>", "budget": "Dds8pH"}
+_DASHES = {"coef": ("-", (0, (7, 1, 1, 1)), (0, (1, 1)), (0, (3, 1, 1, 1, 1, 1))),
+           "controlled": ("-", (0, (6, 1, 1, 1)), (0, (1, 1)), (0, (3, 1, 1, 1, 1, 1))),
+           "budget": ((0, (4, 1.5)), (0, (8, 2)), (0, (2, 1)), (0, (4, 1, 1, 1)))}
 
 
 def looks(settings: Sequence[Setting]) -> list[dict]:
-    """Colour, line style and marker of each setting."""
-    counts = {kind: sorted({s.value for s in settings if s.kind == kind}) for kind in ("coef", "budget")}
+    """Colour, line style and marker of each setting. No two have the same colour: within a kind it goes with the value,
+    line and marker with the variant."""
     result = []
     for s in settings:
-        values = counts[s.kind]
-        place = values.index(s.value) / max(len(values) - 1, 1)
-        coef = s.kind == "coef"
-        color = matplotlib.colormaps["viridis"](0.8 - 0.8 * place) if coef else (
-            matplotlib.colormaps["Oranges"](0.6 + 0.3 * place))
-        result.append({"color": color, "linestyle": "-" if coef else (0, (4, 1.5)), "marker": "o" if coef else "D"})
+        kind = sorted((o for o in settings if o.kind == s.kind), key=lambda o: (o.value, o.variant, o.label))
+        variants = sorted({o.variant for o in kind})
+        name, first, last = _COLORS[s.kind]
+        place, variant = kind.index(s) / max(len(kind) - 1, 1), variants.index(s.variant)
+        result.append({"color": matplotlib.colormaps[name](first + (last - first) * place),
+                       "linestyle": _DASHES[s.kind][variant % len(_DASHES[s.kind])],
+                       "marker": _MARKERS[s.kind][variant % len(_MARKERS[s.kind])]})
     return result
+
+
+def new(width: float, height: float, shown: Sequence[Setting]) -> Figure:
+    """A figure, at its foot the warnings of the settings that it shows."""
+    lines = [line for text in warnings(shown) for line in textwrap.wrap(text, 150)]
+    figure = Figure(figsize=(width, height + 0.18 * len(lines)))
+    if lines:
+        figure.supxlabel("\n".join(lines), x=0.01, ha="left", fontsize=8.5, color="#a40000")
+    return figure
 
 
 def save(figure: Figure, path: pathlib.Path) -> pathlib.Path:
@@ -46,31 +65,36 @@ def save(figure: Figure, path: pathlib.Path) -> pathlib.Path:
     return path
 
 
-def draw_frontier(points: Sequence[Point], base: tuple[float, float], path: pathlib.Path) -> pathlib.Path:
-    """Return per episode against nats per episode, the base at 0 with a band of its standard error."""
+def draw_frontier(points: Sequence[Point], base: dict, path: pathlib.Path) -> pathlib.Path:
+    """Return per episode against nats per episode; the base's return with a band of its standard error.
+
+    Args:
+        base: the base model's `final` of the summary.
+    """
+    settings, reward, error = [p.setting for p in points], number(base["return"]), number(base["return_se"])
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(10.4, 5.4))
+        figure = new(10.4, 5.4, settings)
         axes = figure.subplots()
-        axes.axhspan(base[0] - base[1], base[0] + base[1], color=BASE, alpha=0.08, lw=0)
-        axes.axhline(base[0], color=BASE, lw=0.8, ls=":")
-        for others in dict.fromkeys(p.setting.others for p in points if p.setting.kind == "coef"):
-            line = [p for p in points if p.setting.kind == "coef" and p.setting.others == others]
+        axes.axhspan(reward - error, reward + error, color=BASE, alpha=0.08, lw=0)
+        axes.axhline(reward, color=BASE, lw=0.8, ls=":")
+        for family in dict.fromkeys((s.kind, s.variant) for s in settings if s.kind != "budget"):
+            line = [p for p in points if (p.setting.kind, p.setting.variant) == family]
             axes.plot([p.kl for p in line], [p.reward for p in line], color="0.6", lw=1.2, zorder=1)
-        for p, look in zip(points, looks([p.setting for p in points]), strict=True):
+        for p, look in zip(points, looks(settings), strict=True):
             axes.plot(p.kl_bar, (p.reward, p.reward), color=look["color"], lw=1.4)
             axes.plot((p.kl, p.kl), p.reward_bar, color=look["color"], lw=1.4)
             if len(p.seeds) > 1:
                 axes.plot(*p.seeds.T, ls="", marker=".", ms=7, color=look["color"], alpha=0.55, mec="none")
             axes.plot(p.kl, p.reward, ls="", marker=look["marker"], ms=8, color=look["color"], mec="white", zorder=3)
-        axes.plot(0, base[0], ls="", marker="*", ms=15, color=BASE, mec="white", zorder=4, clip_on=False)
-        _scale_kl(axes, np.concatenate([p.seeds[:, 0] for p in points]))
-        axes.set(xlabel="KL to the base (nats per episode)", ylabel="return per episode")
+        kl = max(0.0, number(base["kl/nats_per_episode"]))
+        axes.plot(kl, reward, ls="", marker="*", ms=15, color=BASE, mec="white", zorder=4, clip_on=False)
+        _scale_kl(axes, np.concatenate([[kl], *(p.seeds[:, 0] for p in points)]))
+        axes.set(xlabel=f"{kl_name(settings)} (nats per episode)", ylabel="return per episode")
         kinds = "; ".join(INTERVALS[kind] for kind in dict.fromkeys(p.interval for p in points))
         axes.set_title(f"Bars: {kinds}. Band: base ± 1 standard error.", fontsize=9, color="0.35")
         axes.margins(y=0.12)
-        colors = [look["color"] for look in looks([p.setting for p in points])]
-        _label(figure, axes, [("base", 0.0, base[0], BASE)] + [
-            (p.setting.label, p.kl, p.reward, color) for p, color in zip(points, colors, strict=True)])
+        _label(figure, axes, [("base", kl, reward, BASE)] + [
+            (p.setting.label, p.kl, p.reward, look["color"]) for p, look in zip(points, looks(settings), strict=True)])
         return save(figure, path)
 
 
@@ -90,13 +114,14 @@ def _scale_kl(axes, kls):
 
 
 def _label(figure, axes, items):
-    """Names beside the points: of several offsets, the first that covers the fewest lines, points and other names."""
+    """Names beside the points: of several offsets, the first that covers the fewest lines and points, and above all
+    other names."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     renderer = canvas.get_renderer()
-    taken = [box for line in axes.lines for box in _boxes(line)]
+    taken = [(1, box) for line in axes.lines for box in _boxes(line)]
     offsets = [(-9, 6), (9, -14), (9, 6), (-9, -14), (0, 14), (0, -22), (14, 20), (-14, 20), (14, -28), (-14, -28),
-               (0, 30), (0, -38), (0, 46), (0, -54)]
+               (0, 30), (0, -38), (0, 46), (0, -54), (-30, 36), (30, 36), (-30, -44), (30, -44), (0, 62), (0, -70)]
     for name, x, y, color in items:
         tried = []
         for dx, dy in offsets:
@@ -107,12 +132,13 @@ def _label(figure, axes, items):
             text.update_positions(renderer)
             box = matplotlib.text.Text.get_window_extent(text, renderer).extents    # without the arrow
             outside = box[0] < axes.bbox.x0 or box[2] > axes.bbox.x1 or box[1] < axes.bbox.y0 or box[3] > axes.bbox.y1
-            hits = sum(box[0] < c and a < box[2] and box[1] < d and b < box[3] for a, b, c, d in taken)
+            hits = sum(weight for weight, (a, b, c, d) in taken
+                       if box[0] < c and a < box[2] and box[1] < d and b < box[3])
             text.remove()
             tried.append((hits + 1000 * outside, text, box))
         _, text, box = min(tried, key=lambda candidate: candidate[0])
         axes.add_artist(text)
-        taken.append(box)
+        taken.append((10, box))
 
 
 def _boxes(line, half=3.0, steps=40):
@@ -124,42 +150,74 @@ def _boxes(line, half=3.0, steps=40):
     return [(x - half, y - half, x + half, y + half) for x, y in places]
 
 
-def _legend(figure, names_and_looks):
-    """One legend for all panels, to the right of them."""
+def _legend(figure, settings):
+    """One legend for all panels, above them."""
     handles = [matplotlib.lines.Line2D([], [], color=look["color"], ls=look["linestyle"], lw=2.2)
-               for _, look in names_and_looks]
-    figure.legend(handles, [name for name, _ in names_and_looks], loc="outside right upper", handlelength=2.6)
+               for look in looks(settings)]
+    labels = [s.label for s in settings]
+    columns = max(1, min(len(labels), 130 // (max(map(len, labels)) + 9)))
+    figure.set_figheight(figure.get_figheight() + 0.2 * math.ceil(len(labels) / columns))
+    figure.legend(handles, labels, loc="outside upper left", ncols=columns, handlelength=2.6)
 
 
 def draw_training(settings: Sequence[Setting], curves: dict[int, list[dict]], path: pathlib.Path) -> pathlib.Path:
-    """Metrics against iteration: a thin line a seed, a thick one for their mean. curves: member -> metrics.jsonl."""
+    """Metrics against iteration: a thin line a seed, a thick one for their mean; targets and budgets dotted.
+
+    Args:
+        curves: member -> metrics.jsonl. Where a coefficient moves, it has a panel.
+    """
+    moving = [s for s in settings if any(len({r[COEF] for r in curves[m["member"]] if COEF in r}) > 1
+                                         for m in s.members)]
+    names = [(key, name.format(kl=kl_name(settings))) for key, name in CURVES]
+    names += [(COEF, "KL coefficient (reward per nat)")] if moving else []
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(10.4, 6.2))
-        panels = figure.subplots(2, 2, sharex=True)
-        for axes, (key, name) in zip(panels.flat, CURVES, strict=True):
+        figure = new(10.4, 3.1 * math.ceil(len(names) / 2), settings)
+        panels = figure.subplots(math.ceil(len(names) / 2), 2, sharex=True)
+        for axes, (key, name) in zip(panels.flat, names, strict=False):
             for setting, look in zip(settings, looks(settings), strict=True):
-                runs = [curves[m["member"]] for m in setting.members]
-                style = {"color": look["color"], "ls": look["linestyle"]}
-                for run in runs if len(runs) > 1 else []:
-                    axes.plot([r["iteration"] for r in run], [number(r[key]) for r in run], lw=0.7, alpha=0.35, **style)
-                common = runs[0][:min(map(len, runs))]
-                values = np.array([[number(r[key]) for r in run[:len(common)]] for run in runs])
-                axes.plot([r["iteration"] for r in common], values.mean(0), lw=1.9, **style)
+                if key != COEF or setting in moving:
+                    _curve(axes, [curves[m["member"]] for m in setting.members], key,
+                           {"color": look["color"], "ls": look["linestyle"]})
             axes.set_title(name)
+            axes.tick_params(labelbottom=True)
             if key == "kl/nats_per_episode":
                 axes.set_ylim(bottom=0)
+                for target in sorted({s.target for s in settings if s.target}):
+                    axes.axhline(target, color="0.25", ls=":", lw=1.2)
             if key == "student/silent_rate":
                 axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
-        for axes in panels[1]:
+            if key == COEF:
+                _scale_coef(axes)
+        for axes in list(panels.flat)[len(names):]:
+            axes.set_axis_off()
+        for axes in list(panels.flat)[max(0, len(names) - 2):len(names)]:
             axes.set_xlabel("iteration")
-        _legend(figure, [(s.label, look) for s, look in zip(settings, looks(settings), strict=True)])
+        _legend(figure, settings)
         return save(figure, path)
+
+
+def _scale_coef(axes):
+    """Logarithmic, every tick labelled where there is little more than a decade."""
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    plain = matplotlib.ticker.FuncFormatter(lambda x, _: f"{x:g}")
+    axes.yaxis.set_major_formatter(plain)
+    axes.yaxis.set_minor_formatter(plain if high < 15 * low else matplotlib.ticker.NullFormatter())
+
+
+def _curve(axes, runs, key, style):
+    """One setting's line in one panel; runs: the lines of each seed."""
+    for run in runs if len(runs) > 1 else []:
+        axes.plot([r["iteration"] for r in run], [number(r[key]) for r in run], lw=0.7, alpha=0.35, **style)
+    common = min(map(len, runs))
+    values = np.array([[number(r[key]) for r in run[:common]] for run in runs])
+    axes.plot([r["iteration"] for r in runs[0][:common]], values.mean(0), lw=1.9, **style)
 
 
 def draw_positions(settings: Sequence[Setting], parts: Sequence[ByPosition], path: pathlib.Path) -> pathlib.Path:
     """Where in the episode the KL is spent: by agent token, by position, cumulated, by turn of the agent."""
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(10.4, 6.6))
+        figure = new(10.4, 6.6, settings)
         panels = figure.subplots(2, 2)
         titles = ("nats per agent token, at each position", "nats per episode that each position adds",
                   "nats per episode spent so far", "nats per episode, by turn of the agent")
@@ -172,23 +230,24 @@ def draw_positions(settings: Sequence[Setting], parts: Sequence[ByPosition], pat
         for axes, title in zip(panels.flat, titles, strict=True):
             axes.set_title(title)
             axes.set_ylim(bottom=0)
-            axes.set_xlabel("tokens after the opening")
+            axes.set(xlabel="tokens after the opening", ylabel=f"{kl_name(settings)} (nats)")
         panels[1, 1].set_xlabel("turn of the agent")
         panels[1, 1].xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
-        _legend(figure, [(s.label, look) for s, look in zip(settings, looks(settings), strict=True)])
+        _legend(figure, settings)
         return save(figure, path)
 
 
 def draw_empty_turns(rows: Sequence[tuple[str, object, dict[str, list[tuple[float, float]]]]],
-                     path: pathlib.Path) -> pathlib.Path:
+                     settings: Sequence[Setting], path: pathlib.Path) -> pathlib.Path:
     """Share of empty turns, teacher and student side by side.
 
     Args:
         rows: (name, colour, {"teacher": [(rate, standard error) a run], "student": the same}), from the top.
+        settings: those among the rows.
         path: the PNG.
     """
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(10.4, 1.2 + 0.34 * len(rows)))
+        figure = new(10.4, 1.2 + 0.34 * len(rows), settings)
         panels = figure.subplots(1, 2, sharey=True, sharex=True)
         for axes, who in zip(panels, ("teacher", "student"), strict=True):
             for i, (_, color, rates) in enumerate(rows):

@@ -1,11 +1,13 @@
 """Reward against KL: one point a setting, with its spread over seeds."""
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from kl_reg.analysis.stats import Setting, number, settings, t_interval
+from kl_reg.analysis.settings import Setting
+from kl_reg.analysis.stats import number, t_interval
 
 INTERVALS = {"episodes": "± 1 standard error over episodes (one seed)",
              "range": "range of the two seeds (an interval from two says little)",
@@ -25,12 +27,9 @@ class Point(NamedTuple):
     seeds: np.ndarray       # [n, 2] (kl, reward) of each seed
 
 
-def points(summary: list[dict]) -> tuple[list[Point], tuple[float, float]]:
-    """The frontier's points in the order of `stats.settings`, and the base model's (return, standard error)."""
-    base = next(row for row in summary if row["member"] == "base")
-    members = [row for row in summary if row["member"] != "base"]
-    return ([_point(setting) for setting in settings(members)],
-            (number(base["final"]["return"]), number(base["final"]["return_se"])))
+def points(settings: Sequence[Setting]) -> list[Point]:
+    """The frontier's points in the settings' order."""
+    return [_point(setting) for setting in settings]
 
 
 def _point(setting):

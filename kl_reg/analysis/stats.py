@@ -1,4 +1,4 @@
-"""Means with their errors, members grouped by setting, and where in the episode KL is spent."""
+"""Means with their errors and their differences, and where in the episode KL is spent."""
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -43,6 +43,57 @@ def t_interval(x, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(mean - half), np.asarray(mean + half)
 
 
+class Mean(NamedTuple):
+    """An estimated mean and the independent parts of its variance, each with its degrees of freedom."""
+
+    value: float
+    parts: tuple[tuple[float, float], ...]
+
+    @property
+    def error(self) -> float:
+        """Standard error; NaN where a part is not known."""
+        return sum(variance for variance, _ in self.parts) ** 0.5
+
+
+def mean_over_seeds(values) -> Mean:
+    """The mean of one value a seed."""
+    value, error = mean_and_error(values)
+    return Mean(float(value), ((float(error) ** 2, len(values) - 1),))
+
+
+def mean_over_episodes(values: Sequence[float], errors: Sequence[float], episodes: Sequence[int]) -> Mean:
+    """The mean over runs of each run's mean, its error that over their episodes: it says nothing of other seeds.
+
+    Args:
+        values, errors, episodes: of each run.
+    """
+    n = len(values)
+    return Mean(float(np.mean(values)), tuple(((error / n) ** 2, count - 1)
+                                              for error, count in zip(errors, episodes, strict=True)))
+
+
+class Difference(NamedTuple):
+    """Between two means; `limit` is how large it is at most, at the level, where there is none. NaN: not known."""
+
+    value: float
+    error: float
+    limit: float
+
+
+def difference(a: Mean, b: Mean, level: float = 0.95) -> Difference:
+    """a - b with unequal variances, the two independent; `limit` is Student's quantile times the standard error.
+
+    Source: Welch (1947), "The generalization of 'Student's' problem"; degrees of freedom (sum v)^2 / sum(v^2 / n).
+    """
+    variances, freedoms = np.array(a.parts + b.parts, np.float64).T
+    total = variances.sum()
+    error = float(np.sqrt(total)) if total > 0 else float("nan")
+    if not error > 0:
+        return Difference(a.value - b.value, error, error)
+    freedom = total**2 / (variances**2 / np.maximum(freedoms, 1)).sum()
+    return Difference(a.value - b.value, error, float(stdtrit(freedom, 0.5 + level / 2)) * error)
+
+
 def binomial(events: int, n: int) -> tuple[float, float]:
     """A rate and its standard error, the n taken as independent."""
     rate = events / n
@@ -62,48 +113,6 @@ def show(value: float, error: float) -> str:
 def show_percent(rate: float, error: float) -> str:
     """As `show`, of a rate in percent."""
     return "–" if not np.isfinite(rate) else show(100 * rate, 100 * error) + " %"
-
-
-class Setting(NamedTuple):
-    """The members that differ in their seed alone, by seed. `value` is the budget (nats per episode) or, without one,
-    the coefficient (reward per nat); `others` names what else the sweep varies."""
-
-    kind: str
-    value: float
-    others: str
-    members: list[dict]
-
-    @property
-    def label(self) -> str:
-        return f"{self.kind} {self.value:g}" + (f", {self.others}" if self.others else "")
-
-
-def varying(members: Sequence[dict]) -> list[str]:
-    """The hyper-parameters, seed included, that have more than one value among the members."""
-    return [key for key in members[0]["hyper"] if len({repr(m["hyper"][key]) for m in members}) > 1]
-
-
-def settings(members: Sequence[dict]) -> list[Setting]:
-    """Members grouped by everything but the seed: coefficients ascending, then budgets ascending."""
-    others = [key for key in varying(members) if key not in ("kl.coef", "kl.budget", "seed")]
-    groups: dict[tuple, list[dict]] = {}
-    for member in members:
-        hyper = member["hyper"]
-        coef, budget = hyper["kl.coef"], hyper["kl.budget"]
-        names = [f"coef {coef:g}"] if budget is not None and coef else []
-        names += [f"{key.split('.')[-1]} {_name(hyper[key])}" for key in others]
-        kind, value = ("coef", coef) if budget is None else ("budget", budget)
-        groups.setdefault((kind == "budget", ", ".join(names), value), []).append(member)
-    return [Setting("budget" if budget else "coef", value, names, sorted(groups[budget, names, value], key=_seed))
-            for budget, names, value in sorted(groups)]
-
-
-def _name(value) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _seed(member):
-    return member["hyper"]["seed"]
 
 
 class ByPosition(NamedTuple):

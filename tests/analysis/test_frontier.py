@@ -5,12 +5,17 @@ import pytest
 import scipy.stats
 from small_sweep import row, summary
 
+from kl_reg import config as configs
 from kl_reg.analysis import frontier
+from kl_reg.analysis.settings import settings
+
+
+def points_of(rows):
+    return frontier.points(settings(rows, configs.default(), "", {m["member"]: () for m in rows}))
 
 
 def test_points_by_hand():
-    points, base = frontier.points(summary())
-    assert base == (1.0, 0.05)
+    points = points_of(summary()[:-1])
     assert [p.setting.label for p in points] == ["coef 0", "coef 1", "budget 5"]
     assert [(p.kl, p.reward) for p in points] == [(7.0, 2.5), (0.5, 1.2), (3.0, pytest.approx(1.6))]
     assert [p.interval for p in points] == ["range", "episodes", "range"]
@@ -22,7 +27,7 @@ def test_points_by_hand():
 def test_three_seeds_give_a_t_interval_and_kl_stays_at_or_above_0():
     returns, kls = [1.0, 1.5, 1.2], [0.1, 0.9, 0.2]
     rows = [row(i, 0.1, None, i, *pair) for i, pair in enumerate(zip(returns, kls, strict=True))]
-    (point,), _ = frontier.points(rows + summary()[-1:])
+    (point,) = points_of(rows)
     assert point.interval == "t"
     expected = scipy.stats.t.interval(0.95, 2, loc=np.mean(returns), scale=scipy.stats.sem(returns))
     assert point.reward_bar == pytest.approx(expected)

@@ -3,7 +3,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import scipy.stats
-from small_sweep import row
 
 from kl_reg.analysis import stats
 from kl_reg.types import AGENT, FORCED, OPENING, PAD, STUDENT
@@ -25,19 +24,37 @@ def test_t_interval_is_scipys(level):
     assert np.isnan(stats.t_interval(x[:1])).all()
 
 
-def test_settings_are_ordered_and_hold_their_seeds():
-    members = [row(0, 1.0, None, 1, 0, 0), row(1, 0.1, 20.0, 0, 0, 0), row(2, 1.0, None, 0, 0, 0),
-               row(3, 0.0, 5.0, 0, 0, 0), row(4, 0.0, None, 0, 0, 0)]
-    groups = stats.settings(members)
-    assert [s.label for s in groups] == ["coef 0", "coef 1", "budget 5", "budget 20, coef 0.1"]
-    assert [[m["member"] for m in s.members] for s in groups] == [[4], [2, 0], [3], [1]]
+def test_a_difference_over_seeds_is_welchs():
+    a, b = np.array([1.0, 1.4, 1.1, 1.3]), np.array([0.8, 1.0, 0.2])
+    found = stats.difference(stats.mean_over_seeds(a), stats.mean_over_seeds(b))
+    expected = scipy.stats.ttest_ind(a, b, equal_var=False)
+    low, high = expected.confidence_interval(0.95)
+    assert found.value == pytest.approx(a.mean() - b.mean())
+    assert found.error == pytest.approx(found.value / expected.statistic)
+    assert (found.value - found.limit, found.value + found.limit) == pytest.approx((low, high))
 
 
-def test_other_hyper_parameters_that_vary_make_settings():
-    members = [row(i, 0.1, None, i % 2, 0, 0, **{"rl.clip": clip, "rl.loss": "ppo_clip"})
-               for i, clip in enumerate((0.1, 0.1, 0.2, 0.2))]
-    assert stats.varying(members) == ["seed", "rl.clip"]
-    assert [s.label for s in stats.settings(members)] == ["coef 0.1, clip 0.1", "coef 0.1, clip 0.2"]
+def test_a_difference_over_episodes_is_welchs_too():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(1.0, 0.5, 12), rng.normal(0.7, 2.0, 30)
+    means = [stats.mean_over_episodes([x.mean()], [scipy.stats.sem(x)], [len(x)]) for x in (a, b)]
+    found = stats.difference(*means, level=0.9)
+    low, high = scipy.stats.ttest_ind(a, b, equal_var=False).confidence_interval(0.9)
+    assert (found.value - found.limit, found.value + found.limit) == pytest.approx((low, high))
+
+
+def test_the_error_over_the_episodes_of_several_runs_is_that_of_the_mean_of_their_means():
+    mean = stats.mean_over_episodes([1.0, 4.0], [0.3, 0.4], [10, 20])
+    assert mean.value == 2.5
+    assert mean.error == pytest.approx(0.5 * np.hypot(0.3, 0.4))
+    assert [freedom for _, freedom in mean.parts] == [9, 19]
+
+
+@pytest.mark.parametrize("values", [[1.0], [1.0, 1.0]])
+def test_a_difference_without_a_spread_has_no_limit(values):
+    found = stats.difference(stats.mean_over_seeds(values), stats.mean_over_seeds(np.array(values) - 0.5))
+    assert found.value == 0.5
+    assert np.isnan(found.limit)
 
 
 def two_episodes():

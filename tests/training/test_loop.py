@@ -27,7 +27,8 @@ def config(tiny_folder):
     config.rl.iterations, config.rl.episodes, config.evaluation.episodes = 4, 4, 10
     config.policy.hidden, config.checkpoint.every, config.log.tensorboard = 8, 2, True
     config.optim.learning_rate = 1e-2
-    config.sweep = [{"kl.coef": (0.0, 0.3), "seed": (0,)}, {"kl.budget": (0.0, 2.0), "seed": (1,)}]
+    config.sweep = [{"kl.coef": (0.0, 0.3), "seed": (0,)}, {"kl.budget": (0.0, 2.0), "seed": (1,)},
+                    {"kl.coef": (0.1,), "kl.controller": ("pi",), "reference.name": ("ema",), "seed": (0,)}]
     return config
 
 
@@ -43,8 +44,9 @@ def lines(result, member):
 
 def test_the_summary_has_the_base_and_every_member(whole, config):
     summary = json.loads((whole.workdir / "summary.json").read_text())
-    assert [row["member"] for row in summary] == ["base", 0, 1, 2, 3]
-    assert summary[0]["hyper"] == {} and summary[3]["hyper"] == {"kl.coef": 0.0, "kl.budget": 0.0, "seed": 1}
+    assert [row["member"] for row in summary] == ["base", 0, 1, 2, 3, 4]
+    assert summary[0]["hyper"] == {} and summary[3]["hyper"] == {
+        "kl.coef": 0.0, "kl.budget": 0.0, "seed": 1, "kl.controller": "fixed", "reference.name": "base"}
     for row in summary:
         assert row["final"]["episodes"] == 10
         assert {"return", "kl/nats_per_episode", "teacher/silent_rate", "student/silent_rate"} <= set(row["final"])
@@ -74,13 +76,13 @@ def test_evaluation_counts_returns_as_the_reward_function_gives_them(whole, tiny
 
 
 def test_a_killed_run_resumes_bit_equal(whole, config, tmp_path):
-    calls["left"] = 3 * 4 - 1                                   # members x iterations: dies in the third iteration
+    calls["left"] = 3 * 5 - 1                                   # members x iterations: dies in the third iteration
     with pytest.raises(KeyboardInterrupt):
         kl_reg.train(config, reward, tmp_path / "run")
     calls["left"] = 10**9
     resumed = kl_reg.train(config, reward, tmp_path / "run")
     chex.assert_trees_all_equal(resumed.params, whole.params)
-    for member in range(4):
+    for member in range(5):
         assert lines(resumed, member) == lines(whole, member)
         assert [event.step for event in scalars(resumed, member)] == [0, 1, 2, 3]      # none twice
 
@@ -145,3 +147,43 @@ def scalars(result, member):
 def test_tensorboard_has_the_scalars(whole):
     assert [round(event.value, 5) for event in scalars(whole, 1)] == [round(row["return"], 5)
                                                                       for row in lines(whole, 1)]
+
+
+def test_a_controller_moves_the_coefficient(whole):
+    """Far below its target of 10 nats: one step down at first by gain and rate, then by the rate alone."""
+    coef = [row["kl/coef"] for row in lines(whole, 4)]
+    np.testing.assert_allclose(np.log(coef[0]), np.log(0.1), atol=1e-6)
+    np.testing.assert_allclose(np.diff(np.log(coef)), [-0.2 * (0.5 + 0.05), -0.01, -0.01], atol=1e-5)
+
+
+def test_the_established_names_mean_what_they_say(whole):
+    """objective/kl and its kin, from the log's own parts."""
+    for member, row in ((1, lines(whole, 1)[-1]), (4, lines(whole, 4)[-1])):
+        np.testing.assert_allclose(row["objective/kl"], row["kl/sampled/nats_per_episode"])
+        penalty = -row["kl/coef"] * row["kl/nats_per_episode"]        # exact in full: the estimate is the KL itself
+        np.testing.assert_allclose(row["objective/non_score_reward"], penalty, rtol=1e-5, err_msg=str(member))
+        np.testing.assert_allclose(row["objective/rlhf_reward"], row["return"] + penalty, rtol=1e-5)
+
+
+def test_an_overflow_names_the_member_the_metric_and_the_token(config, tmp_path):
+    wild = config.copy_and_resolve_references()
+    wild.sweep, wild.kl.coef, wild.kl.estimator, wild.kl.placement = [], 0.1, "k3", "loss"
+    wild.optim.learning_rate, wild.optim.warmup = 1e6, 1
+    with pytest.raises(ValueError, match=r"member 0: .*loss/kl.* not finite.* token is \d+, in slot \d+ of episode "
+                                         r"\d+, with log pi - log ref = -?(\d{3,}|\d\.\d+e)"):
+        kl_reg.train(wild, reward, tmp_path / "run")
+    assert not (tmp_path / "run/summary.json").exists()
+
+
+def test_a_member_of_a_run_is_a_reference(whole, config, tmp_path):
+    """An untrained policy is the base; its KL to member 1 is what `compare` would say: positive, and to member 0 other.
+    """
+    follow = config.copy_and_resolve_references()
+    members = (f"{whole.workdir}:1",), (f"{whole.workdir}:0@4",)
+    follow.sweep = [{"reference.name": ("checkpoint",), "reference.paths": members}]
+    follow.rl.iterations, follow.kl.coef = 1, 0.1
+    result = kl_reg.train(follow, reward, tmp_path / "run")
+    first = [lines(result, k)[0]["kl/nats_per_episode"] for k in (0, 1)]
+    assert min(first) > 1e-6 and first[0] != first[1]
+    digests = json.loads((result.workdir / "config.json").read_text())["references"]
+    assert len(digests["0"]) == len(digests["1"]) == 1 and digests["0"] != digests["1"]
