@@ -115,7 +115,7 @@ def rollout(program, params, memory, frozen: Frozen, caps: Caps, keys: Array, fi
     carry = (openings.tokens[..., -1], jnp.zeros(keys.shape, bool), budget.open_ledger(keys.shape), env_state, state,
              ref_state)
     (_, asked, *_), steps = jax.lax.scan(step, carry, jnp.arange(env.length))
-    return _collect(openings, jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2), steps), asked)
+    return _collect(program, openings, jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2), steps), asked)
 
 
 def _twice(function: Callable) -> Callable:
@@ -147,7 +147,7 @@ def _draw(program, position, reading, measure, left, role, key):
     return token, part, kept, terms, cost
 
 
-def _collect(openings, steps, asked):
+def _collect(program, openings, steps, asked):
     """Transcript and agent stream from the steps [m, b, t]."""
     written = jax.vmap(jax.vmap(lambda start: jnp.arange(openings.tokens.shape[-1]) >= start))(openings.start)
     roles = jnp.concatenate([jnp.where(written, OPENING, PAD), steps.role], axis=-1)
@@ -158,11 +158,11 @@ def _collect(openings, steps, asked):
     take = lambda x: jnp.take_along_axis(x, order.reshape(*order.shape, *[1] * (x.ndim - 3)), axis=2)  # noqa: E731
     mask = take(agent)
     zero = lambda x: jnp.where(mask, take(x), 0.0)  # noqa: E731
-    terms = jax.tree.map(zero, steps.terms)
+    terms, floor = jax.tree.map(zero, (steps.terms, steps.floor))
     return Episodes(
         transcript=Transcript(tokens, roles, turns, openings.start), features=jax.tree.map(take, steps.features),
         reference=jax.tree.map(take, steps.seen), kept=jax.tree.map(take, steps.kept),
         slot=jnp.where(mask, order + openings.tokens.shape[-1], 0), action=jnp.where(mask, take(steps.token), 0),
         part=zero(steps.part), mask=mask, log_prob=terms.log_prob, log_ratio=terms.log_ratio, kl=terms.kl,
-        forward_kl=terms.forward_kl, entropy=terms.entropy, floor=zero(steps.floor), value=zero(steps.value),
-        spent_before=zero(steps.spent_before), asked=asked)
+        estimate=jnp.where(mask, program.kl.value(terms, -jnp.expm1(-floor)), 0.0), forward_kl=terms.forward_kl,
+        entropy=terms.entropy, floor=floor, value=zero(steps.value), spent_before=zero(steps.spent_before), asked=asked)

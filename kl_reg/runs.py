@@ -16,10 +16,12 @@ from kl_reg import config as configs
 
 
 class Member(NamedTuple):
-    """One member of a run at one checkpoint. `config` is its own, without the sweep; `digest` is of its parameters."""
+    """One member of a run at one checkpoint. `config` is its own, without the sweep; `memory` what its reference
+    remembers of its policy; `digest` is of its parameters."""
 
     config: ConfigDict
     params: dict
+    memory: object
     iteration: int
     digest: str
 
@@ -78,9 +80,9 @@ def load(workdir: pathlib.Path, iteration: int | None = None) -> list[Member]:
     config, rows = config_of(workdir), {}
     for state, members in zip(stored, groups(config), strict=True):
         for i, (number, own) in enumerate(members):
-            params = jax.tree.map(lambda x, i=i: np.asarray(x[i]), state["params"])
+            params, memory = jax.tree.map(lambda x, i=i: np.asarray(x[i]), (state["params"], state["reference"]))
             leaves = b"".join(x.tobytes() for x in jax.tree.leaves(params))
-            rows[number] = Member(own, params, iteration, hashlib.sha256(leaves).hexdigest())
+            rows[number] = Member(own, params, memory, iteration, hashlib.sha256(leaves).hexdigest())
     return [rows[number] for number in sorted(rows)]
 
 

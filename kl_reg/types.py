@@ -80,6 +80,7 @@ class Episodes(NamedTuple):
     log_prob: Float[Array, "b k"]          # of the action, under the policy that drew it
     log_ratio: Float[Array, "b k"]         # log pi - log ref of the action, nats
     kl: Float[Array, "b k"]                # exact D(pi || ref), nats per token, its floor included
+    estimate: Float[Array, "b k"]          # what the configured KL estimator says, nats per token
     forward_kl: Float[Array, "b k"]        # exact D(ref || pi), nats per token; 0 unless the direction is forward
     entropy: Float[Array, "b k"]           # nats per token
     floor: Float[Array, "b k"]             # -log of the reference's mass, nats: 0 for a proper distribution

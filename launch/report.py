@@ -2,8 +2,9 @@
 
     python -m launch.report runs/quickstart
 
-The page is WORKDIR/report.html (figures also in WORKDIR/figures/): reward against KL, training curves, where in the
-episode the KL is spent, empty turns, a table of every run, and transcripts coloured by what each token cost.
+The page is WORKDIR/report.html (figures also in WORKDIR/figures/): reward against KL, reward at equal KL where settings
+share a target, training curves, where in the episode and on which tokens the KL is spent, empty turns, a table of every
+run, and transcripts coloured by what each token cost.
 """
 import argparse
 import pathlib

@@ -1,5 +1,5 @@
 """The report's figures. A colour means the same setting in all: fixed coefficients from green (small) to purple, moving
-ones in pinks, budgets in oranges, the base model black; line and marker tell settings apart that differ otherwise."""
+ones from blue to pink, budgets in oranges, the base model black; line and marker tell apart what differs otherwise."""
 from __future__ import annotations
 
 import math
@@ -27,7 +27,7 @@ CURVES = (("return", "return per episode"), ("kl/nats_per_episode", "{kl} (nats 
           ("entropy/nats_per_token", "entropy (nats per token)"))
 COEF = "kl/coef"
 BASE, HUMAN = "black", "0.55"
-_COLORS = {"coef": ("viridis", 0.8, 0.0), "controlled": ("PuRd", 0.5, 1.0), "budget": ("Oranges", 0.5, 0.95)}
+_COLORS = {"coef": ("viridis", 0.8, 0.0), "controlled": ("hsv", 0.55, 0.95), "budget": ("Oranges", 0.5, 0.95)}
 _MARKERS = {"coef": "osv^P*", "controlled": "^vXP<>", "budget": "Dds8pH"}
 _DASHES = {"coef": ("-", (0, (7, 1, 1, 1)), (0, (1, 1)), (0, (3, 1, 1, 1, 1, 1))),
            "controlled": ("-", (0, (6, 1, 1, 1)), (0, (1, 1)), (0, (3, 1, 1, 1, 1, 1))),

@@ -69,11 +69,10 @@ def top1_share(kl: np.ndarray) -> float | None:
     return min(1.0, float(np.partition(kl, -count)[-count:].sum(dtype=np.float64) / total))
 
 
-def summarise(episodes: Episodes, estimate: np.ndarray, replies: Sequence[Reply], returns: np.ndarray) -> dict:
+def summarise(episodes: Episodes, replies: Sequence[Reply], returns: np.ndarray) -> dict:
     """Metrics of one member's batch [b, ...], which docs/metrics.md describes; `_se` are standard errors over episodes.
 
     Args:
-        estimate: of each agent token, what the configured KL estimator says [b, k], nats.
         replies: the turns of the batch.
         returns: [b], reward units.
     """
@@ -83,7 +82,7 @@ def summarise(episodes: Episodes, estimate: np.ndarray, replies: Sequence[Reply]
     return {
         **means({"return": returns, "kl/nats_per_episode": kl,
                  "kl/sampled/nats_per_episode": total(episodes.log_ratio),
-                 "kl/estimate/nats_per_episode": total(estimate),
+                 "kl/estimate/nats_per_episode": total(episodes.estimate),
                  "surprisal/nats_per_episode": total(-episodes.log_prob),
                  "replies": finished[STUDENT], "help/asked_rate": episodes.asked}),
         **rates({"kl/nats_per_token": (kl, tokens), "entropy/nats_per_token": (total(episodes.entropy), tokens),

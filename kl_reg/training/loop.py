@@ -132,12 +132,12 @@ def _overflow(group, i, bad, recorded, extreme):
 
 def _judge(group, recorded: Episodes, reward_fn):
     """Metrics of each member's batch, and the rewards of its agent stream [m, b, k]."""
-    rows, streams, estimates = [], [], group.run.estimate(recorded)
+    rows, streams = [], []
     for i in range(len(group.members)):
         own = jax.tree.map(lambda x, i=i: x[i], recorded)
         turns = group.program.env.read(own.transcript)
         stream, returns = replies.credit(turns, replies.score_replies(reward_fn, turns), own.slot, own.mask)
-        rows.append({**summarise(own, estimates[i], turns, returns), **kl_by_group(own, group.program.groups)})
+        rows.append({**summarise(own, turns, returns), **kl_by_group(own, group.program.groups)})
         streams.append(stream)
     return rows, np.stack(streams)
 
@@ -199,7 +199,7 @@ def _final(group, episodes, reward_fn, folder):
     folder.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(folder / "evaluation.npz", tokens=transcript.tokens, roles=transcript.roles.astype(np.int8),
                         turns=transcript.turns, returns=returns, **ledger(episodes))
-    return {**summarise(episodes, group.run.estimate(episodes), turns, returns),
+    return {**summarise(episodes, turns, returns),
             **kl_by_group(episodes, group.program.groups), "episodes": len(returns)}
 
 

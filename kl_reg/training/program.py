@@ -79,14 +79,12 @@ class Compiled(NamedTuple):
     """Jitted functions over a leading member axis.
 
     init(base, seeds, hyper) -> state; sample(params, memory, hyper, frozen, keys, first) -> episodes;
-    update(state, hyper, frozen, episodes, rewards) -> (state, metrics, extreme), the state donated;
-    estimate(episodes) -> [..., k], what the estimator says of each recorded token, nats, on the host.
+    update(state, hyper, frozen, episodes, rewards) -> (state, metrics, extreme), the state donated.
     """
 
     init: Callable
     sample: Callable
     update: Callable
-    estimate: Callable
 
 
 def compile_program(program: Program) -> Compiled:
@@ -108,8 +106,4 @@ def compile_program(program: Program) -> Compiled:
         one = partial(step.update, program)
         return jax.vmap(one, in_axes=(0, 0, None, 0, 0, None))(state, hyper, frozen, episodes, rewards, longest)
 
-    def estimate(episodes: Episodes):
-        return program.kl.value(step.recorded(episodes), -jnp.expm1(-episodes.floor))
-
-    return Compiled(jax.jit(init), jax.jit(sample), jax.jit(update, donate_argnums=0),
-                    lambda episodes: jax.device_get(jax.jit(estimate)(jax.device_put(episodes))))
+    return Compiled(jax.jit(init), jax.jit(sample), jax.jit(update, donate_argnums=0))

@@ -161,7 +161,7 @@ def names_of_update():
 def test_the_page_lists_every_metric_and_no_other(tiny_tokenizer):
     """The loop adds iteration, seconds and the number of evaluation episodes."""
     batch = episodes([[5, 6], [7, None]], [[0, 0], [0, 0]], [[1.0, 2.0], [3.0, 0.0]])
-    row = {**summarise(batch, batch.kl, [], np.zeros(2)), "kl/coef": 0.1,
+    row = {**summarise(batch, [], np.zeros(2)), "kl/coef": 0.1,
            **kl_by_group(batch, token_groups(tiny_tokenizer, "\n", {}))}
     real = {*row, *objective(row), *names_of_update(), "iteration", "seconds", "episodes"}
     listed = set()

@@ -39,7 +39,8 @@ def test_two_episodes_by_hand():
                         floor=[[math.log(2), 0.0, math.log(4)], [0.0, 9.0, 9.0]], asked=np.array([False, True]))
     replies = [reply(0, AGENT, ""), reply(0, STUDENT, "ok"), reply(0, AGENT, "hi"), reply(0, STUDENT, ""),
                reply(1, AGENT, "", finished=False), reply(1, STUDENT, "yes")]
-    out = summarise(episodes, np.array([[0.5, 0.5, 0.5], [1.0, 9.0, 9.0]]), replies, np.array([1.0, 3.0]))
+    episodes = episodes._replace(estimate=np.array([[0.5, 0.5, 0.5], [1.0, 9.0, 9.0]]))
+    out = summarise(episodes, replies, np.array([1.0, 3.0]))
     per_episode = {"return": [1.0, 3.0], "kl/nats_per_episode": [2.0, 4.0], "kl/sampled/nats_per_episode": [2.0, -1.0],
                    "kl/estimate/nats_per_episode": [1.5, 1.0], "surprisal/nats_per_episode": [6.0, 4.0],
                    "replies": [2.0, 1.0], "help/asked_rate": [0.0, 1.0]}
@@ -58,7 +59,7 @@ def test_two_episodes_by_hand():
 
 def test_a_batch_of_which_nothing_is_known_says_so():
     """One episode without a token: no rate, no share, and no error of anything."""
-    out = summarise(recorded(np.zeros((1, 3), bool)), np.zeros((1, 3)), [], np.array([1.0]))
+    out = summarise(recorded(np.zeros((1, 3), bool)), [], np.array([1.0]))
     assert out["return"] == 1.0 and out["kl/nats_per_episode"] == 0.0 and out["help/asked_rate"] == 0.0
     unknown = {"kl/nats_per_token", "entropy/nats_per_token", "help/rate_per_token", "teacher/silent_rate",
                "student/silent_rate", "kl/top1_share"}
@@ -68,7 +69,7 @@ def test_a_batch_of_which_nothing_is_known_says_so():
 
 def test_a_value_that_is_not_finite_is_not_left_out():
     episodes = recorded(kl=[[1.0, 0.5, 0.5], [np.inf, 0.0, 0.0]], log_ratio=[[1.0, 0.5, np.nan], [1.0, 0.0, 0.0]])
-    out = summarise(episodes, np.zeros((2, 3)), [], np.zeros(2))
+    out = summarise(episodes, [], np.zeros(2))
     assert out["kl/nats_per_episode"] == out["kl/nats_per_token"] == np.inf
     assert np.isnan(out["kl/sampled/nats_per_episode"])
     assert out["kl/nats_per_episode_se"] is out["kl/sampled/nats_per_episode_se"] is None
@@ -117,7 +118,7 @@ def test_the_objective_is_that_of_trl():
     log_prob, log_ref = (np.where(mask, -rng.exponential(2.0, mask.shape), 1.0) for _ in range(2))
     scores = rng.normal(size=4)
     episodes = recorded(mask, log_prob=np.where(mask, log_prob, 0), log_ratio=log_prob - log_ref)
-    row = summarise(episodes, episodes.log_ratio, [], scores) | {"kl/coef": coef}
+    row = summarise(episodes._replace(estimate=episodes.log_ratio), [], scores) | {"kl/coef": coef}
     policy, reference, padding = torch.tensor(log_prob), torch.tensor(log_ref), torch.tensor(~mask)
     kl = policy - reference
     non_score_reward = (-coef * kl).sum(1).mean()

@@ -22,6 +22,8 @@ from scipy.special import log_softmax
 from kl_reg.kl import estimators
 from kl_reg.kl.estimators import ALIASES, DIRECTIONS, ESTIMATORS, PLACEMENTS, REDUCTIONS, KLConfig, build
 from kl_reg.kl.exact import TokenTerms, token_terms
+from kl_reg.training.step import mean
+from kl_reg.types import WeightedMetric
 
 SEQUENCES = np.array(list(itertools.product(range(3), repeat=3)))
 ROWS = np.stack([np.zeros(27, int), 1 + SEQUENCES[:, 0], 4 + 3 * SEQUENCES[:, 0] + SEQUENCES[:, 1]], axis=1)
@@ -338,3 +340,20 @@ def test_the_table_in_the_documentation_is_the_registry():
     greek = lambda words: words.replace("||", "‖").replace("pi", "π").replace("beta", "β")  # noqa: E731
     assert rows == {(name, *key, greek(effect.descends), "refused" if effect.refused else "sound")
                     for name in ESTIMATORS.names() for key, effect in ESTIMATORS[name].effects.items()}
+
+
+@given(st.permutations(range(6)), st.integers(1, 5))
+@settings(max_examples=10)
+def test_the_order_of_the_reduction_changes_nothing(order, cut):
+    """The mean over the tokens of six episodes: shuffled, and as two parts whose sums and counts are added up."""
+    rng = np.random.default_rng(0)
+    mask = jnp.arange(4)[None] < jnp.asarray(rng.integers(1, 5, (6, 1)))
+    values = jnp.where(mask, jnp.float32(rng.normal(0, 3, (6, 4))), 0.0)
+    for case in (("k3", "reverse", "loss", "token"), ("k2", "reverse", "loss", "sequence")):
+        kl = kl_of(*case)
+        each = jax.vmap(kl.loss)(TokenTerms(*[values] * 5), jnp.zeros((6, 4)), jnp.ones((6, 4)), mask)
+        order, whole = jnp.asarray(order), float(mean(each, mask).mean())
+        first, second = (mean(each[part], mask[part]) for part in (order[:cut], order[cut:]))
+        joined = WeightedMetric(first.total + second.total, first.weight + second.weight)
+        np.testing.assert_allclose([float(mean(each[order], mask[order]).mean()), float(joined.mean())], whole,
+                                   rtol=1e-6)

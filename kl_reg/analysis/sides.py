@@ -1,0 +1,243 @@
+"""The two sides of a comparison: the base, members of a run, or a model folder."""
+from __future__ import annotations
+
+import itertools
+import json
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+from tokenizers import Tokenizer
+
+from kl_reg import config as configs
+from kl_reg import runs
+from kl_reg.models import decoder, policy, reference, tokenizer, weights
+from kl_reg.models.actor import Situation
+from kl_reg.models.policy import FullFeatures, Policy, Reading
+from kl_reg.training import program as programs
+from kl_reg.training import sweep
+from kl_reg.types import Frozen, Hyper
+
+
+class Team(NamedTuple):
+    """The policies of one program. `numbers` are the members', from 0 for a model; the last three have a
+    member axis."""
+
+    numbers: list[int]
+    program: programs.Program
+    sample: Callable               # as `program.Compiled.sample`
+    frozen: Frozen
+    hyper: Hyper
+    params: object
+    memory: object                 # of the reference
+
+
+class Side(NamedTuple):
+    """`name` as it was asked for; `kind` is base, model or run; `config` of the run that gives the environment, the
+    default one without a run; `iteration` that the parameters are of. Before `load` a run has no parameters."""
+
+    name: str
+    kind: str
+    address: runs.Address | None
+    model: weights.Model
+    config: ConfigDict
+    teams: list[Team]
+    iteration: int | None
+
+    @property
+    def numbers(self) -> list[int]:
+        return sorted(number for team in self.teams for number in team.numbers)
+
+    def place(self, number: int) -> tuple[int, int]:
+        """Which team, and which of its members."""
+        return next((i, team.numbers.index(number)) for i, team in enumerate(self.teams) if number in team.numbers)
+
+    def sampling_as(self, run: Side, number: int) -> int:
+        """Which policy of this model samples as that member does."""
+        sampling = run.teams[run.place(number)[0]].program.sampling
+        return next(team.numbers[0] for team in self.teams if team.program.sampling == sampling)
+
+
+def open_sides(names: tuple[str, str], openings: str, batch: int) -> list[Side]:
+    """Both sides, those of a run without parameters.
+
+    Args:
+        names: "base", RUN[:MEMBER][@ITERATION] or a model folder, each.
+        openings: "run": a run's own; "held_out": of held-out conversations.
+        batch: episodes that `sample` draws at a time, of each member.
+
+    Raises:
+        ValueError: a name that is nothing of these, or sides with different vocabularies.
+        FileNotFoundError: a model folder lacks a file.
+    """
+    addresses, sides = [runs.parse(name) for name in names], [None, None]
+    config = [runs.config_of(address.workdir) if address else None for address in addresses]
+    models = [_model(name, config[i], config[1 - i]) for i, name in enumerate(names)]
+    same_vocabulary(names, models)
+    for i, address in enumerate(addresses):
+        if address:
+            sides[i] = _open_run(names[i], address, config[i], models[i], openings, batch)
+    for i, address in enumerate(addresses):
+        if not address:
+            sides[i] = _open_model(names[i], models[i], sides[1 - i] if addresses[1 - i] else None, openings, batch)
+    return sides
+
+
+def _model(name, own, other):
+    """The model of a side: of its own run, of the other's for the base, or the folder itself."""
+    run = own or other
+    dtype = run.model.dtype if run else "float32"
+    if own or name == "base":
+        return weights.load(run.model.path if run else "embedded", dtype)
+    if pathlib.Path(name).is_dir():
+        return weights.load(name, dtype)
+    raise ValueError(f"{name!r} is neither 'base', nor a run as RUN[:MEMBER][@ITERATION] (there is no config.json of a "
+                     "run), nor a model folder")
+
+
+def same_vocabulary(names: tuple[str, str], models: Sequence[weights.Model]) -> None:
+    """Raises a ValueError that names both where one token is not the same for both."""
+    words = [tokenizer.load(model.folder).get_vocab(with_added_tokens=True) for model in models]
+    if words[0] != words[1] or models[0].config.vocab != models[1].config.vocab:
+        first, second = (f"{name} ({model.folder}: {len(known)} tokens, {model.config.vocab} logits)"
+                         for name, model, known in zip(names, models, words, strict=True))
+        raise ValueError(f"{first} and {second} have different vocabularies: their next-token distributions cannot be "
+                         "compared")
+
+
+def _open_run(name, address, config, model, openings, batch):
+    stored = json.loads((address.workdir / "config.json").read_text())
+    if "base" in stored and weights.digest(model.folder) != stored["base"]:     # runs before 0.2 did not record it
+        raise ValueError(f"{name}: the run was trained on another model than the one that is in {model.folder} now")
+    if openings == "held_out":
+        _held_out_openings(config, model)
+    numbers = list(range(len(configs.members(config))))
+    if address.member is not None:
+        if address.member not in numbers:
+            raise ValueError(f"{name}: there is no member {address.member}; the run has members 0 to {numbers[-1]}")
+        numbers = [address.member]
+        config = configs.override(config, configs.members(config)[address.member])
+    teams = []
+    for group in _plan(name, config, model, openings):
+        if "references" in stored and list(group.digests) != stored["references"][str(numbers[group.members[0]])]:
+            raise ValueError(f"{name}: what is in reference.paths={config.reference.paths} now was not in training")
+        program = group.program._replace(episodes=batch)
+        teams.append(Team([numbers[i] for i in group.members], program, programs.compile_program(program).sample,
+                          group.frozen, group.hyper, None, None))
+    return Side(name, "run", address, model, config, teams, None)
+
+
+def _plan(name, config, model, openings):
+    try:
+        return sweep.plan(config, model)
+    except ValueError as error:
+        hint = "; --openings run keeps the run's own opening" if openings == "held_out" else ""
+        raise ValueError(f"{name}: {error}{hint}") from None
+
+
+def _held_out_openings(config, model):
+    """Episodes begin with turns of held-out conversations, behind the special tokens of the run's own opening."""
+    env, vocabulary = config.env, tokenizer.load(model.folder)
+    if env.openings != "held_out":
+        env.opening, env.openings = special_tokens(vocabulary, env.opening), "held_out"
+        prefix = len(tokenizer.encode(vocabulary, env.teacher))
+        env.opening_tokens = min(env.opening_tokens, model.config.max_position - env.length - prefix)
+
+
+def special_tokens(vocabulary: Tokenizer, text: str) -> str:
+    """The special tokens that `text` begins with: a model's start of text."""
+    special = {number for number, token in vocabulary.get_added_tokens_decoder().items() if token.special}
+    return tokenizer.decode(vocabulary, list(itertools.takewhile(special.__contains__,
+                                                                 tokenizer.encode(vocabulary, text))))
+
+
+def _open_model(name, model, run, openings, batch):
+    """The base, or a model folder. Against a run it plays the agent in the run's environment, whose student is the
+    run's base, once for each way in which members sample; without one it plays both, in the default environment."""
+    if run:
+        config, base = run.config, run.model
+        starts = {team.program.sampling: team.program for team in run.teams}
+    else:
+        config, base = configs.default(), model
+        config.model.path = str(model.folder)
+        if openings == "held_out":
+            _held_out_openings(config, model)
+        starts = {None: programs.build(configs.split(config)[0], model)}
+    if run and name != "base":
+        agent, params = in_place_of_agent(base.config, model.config), model.params
+    else:                                                   # an untrained head changes nothing
+        agent = policy.build("head", base.config, ConfigDict({"layers": 1, "hidden": 1, "spend_init": 0.5}))
+        params = agent.init(jax.random.key(0), base.params)
+    hyper, params = jax.tree.map(lambda x: x[None], (configs.split(configs.default())[1], params))
+    teams = []
+    for start in starts.values():
+        plain = start._replace(policy=agent, constrained=False, spend="neuron", episodes=batch,
+                               reference=reference.build(ConfigDict({"name": "base"}), agent, start.sampling, None))
+        teams.append(Team([len(teams)], plain, programs.compile_program(plain).sample, Frozen(base.params), hyper,
+                          params, ()))
+    return Side(name, "base" if name == "base" else "model", None, model, config, teams, None)
+
+
+def pairs(first: Side, second: Side) -> list[tuple[int, int]]:
+    """The policies that are compared: each of a run with a model that samples as it does, with a single one of the
+    other run, or with that of the same place there.
+
+    Raises:
+        ValueError: two runs with different numbers of members.
+    """
+    if second.kind == "run" and first.kind != "run":
+        return [(first.sampling_as(second, number), number) for number in second.numbers]
+    if first.kind == "run" and second.kind != "run":
+        return [(number, second.sampling_as(first, number)) for number in first.numbers]
+    a, b = first.numbers, second.numbers
+    if len(a) != len(b) and 1 not in (len(a), len(b)):
+        raise ValueError(f"{first.name} has {len(a)} members and {second.name} has {len(b)}: choose one, as "
+                         f"{first.name}:0")
+    count = max(len(a), len(b))
+    return list(zip(a * (count // len(a)), b * (count // len(b)), strict=True))
+
+
+def in_place_of_agent(config: decoder.DecoderConfig, other: decoder.DecoderConfig) -> Policy:
+    """Another model of the base's vocabulary writes the agent's tokens, and the base the environment's."""
+    flat = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
+    single = lambda params: jax.tree.map(lambda x: x[0], params)  # noqa: E731
+
+    def prefill(params, base, tokens, start, slots):
+        return tuple(decoder.prefill(c, p, flat(tokens), flat(start), slots)[1]
+                     for c, p in ((config, base), (other, single(params))))
+
+    def decode(params, base, token, start, index, state):
+        steps = [decoder.decode(c, p, flat(token), flat(start), index, cache)
+                 for c, p, cache in ((config, base, state[0]), (other, single(params), state[1]))]
+        return FullFeatures(*(hidden.last.reshape(*token.shape, -1) for hidden, _ in steps)), tuple(
+            cache for _, cache in steps)
+
+    def reread(params, base, transcript, slot):
+        both = (decoder.forward(c, p, transcript.tokens, transcript.start).last
+                for c, p in ((config, base), (other, params)))
+        return FullFeatures(*(jnp.take_along_axis(x, jnp.maximum(slot - 1, 0)[..., None], axis=1) for x in both))
+
+    def read(params, base, features, situation: Situation):
+        logits, nothing = policy.logits_of(features.base, base), jnp.zeros(features.base.shape[:-1])
+        return Reading(logits, policy.logits_of(features.policy, params) - logits, nothing, nothing)
+
+    return Policy(None, prefill, decode, None, reread, read, relative=False, shared=False)
+
+
+def load(side: Side, iteration: int | None) -> Side:
+    """With the parameters of a run's checkpoint, of the last one for None; a model has its own.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint.
+    """
+    if side.kind != "run":
+        return side
+    members, teams = runs.load(side.address.workdir, iteration), []
+    stack = lambda trees: jax.tree.map(lambda *x: jnp.stack(x), *trees)  # noqa: E731
+    for team in side.teams:
+        own = [members[number] for number in team.numbers]
+        teams.append(team._replace(params=stack([m.params for m in own]), memory=stack([m.memory for m in own])))
+    return side._replace(teams=teams, iteration=members[0].iteration)
