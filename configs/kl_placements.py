@@ -2,10 +2,10 @@
 
     python -m launch.sweep --config=configs/kl_placements.py --workdir=runs/kl_placements
 
-About 12 minutes on two cores. Two seeds of each tell no difference in return (1.71 to 1.81, base 0.81; report, "Reward at
-equal KL") but one in control: the budget ends at 9.4 nats in both, k1 in the reward and the exact KL in `full` within 6 %
-of 10 under the PI controller, the Lagrangian at 8.3 and 8.6, and k3 in the loss at 8.3 and 12.8, with spikes to 25 on the
-way.
+About 12 minutes on two cores. Two seeds of each tell no difference in return (1.71 to 1.81, base 0.81; in the report:
+"Reward at equal KL") but one in control: the budget ends at 9.4 and 9.5 nats, k1 in the reward and the exact KL in
+`full` within 6 % of 10 under the PI controller, the Lagrangian at 8.3 and 8.6, and k3 in the loss at 8.3 and 12.8, with
+spikes to 25 on the way.
 """
 from configs import quickstart
 

@@ -70,19 +70,24 @@ def terms_of(program, choice: Choice, action: Int[Array, ""]) -> tuple[TokenTerm
     return terms, choice.allowance + choice.floor if program.spend == "sampled" else terms.kl
 
 
+def _inside(spend):
+    """Away from 0 and 1, where a log-probability has no derivative."""
+    return jnp.clip(spend, 1e-6, 1 - 1e-6)
+
+
 def draw_part(program, spend: Float[Array, ""], key: Array) -> Float[Array, ""]:
     """The part of the budget as an action: Binomial(levels, spend) / levels; 0 where it is none."""
     if program.spend != "sampled":
         return jnp.zeros_like(spend)
     uniform = jax.random.uniform(jax.random.fold_in(key, 1), (program.levels,))
-    return (uniform < jnp.broadcast_to(spend, uniform.shape)).mean()
+    return (uniform < jnp.broadcast_to(_inside(spend), uniform.shape)).mean()
 
 
 def part_log_prob(program, spend: Float[Array, ""], drawn: Float[Array, ""]) -> Float[Array, ""]:
     """log-probability of that action."""
     if program.spend != "sampled":
         return jnp.zeros_like(spend)
-    count = jnp.round(drawn * program.levels)
+    count, spend = jnp.round(drawn * program.levels), _inside(spend)
     ways = gammaln(program.levels + 1.0) - gammaln(count + 1) - gammaln(program.levels - count + 1)
     return ways + xlogy(count, spend) + xlog1py(program.levels - count, -spend)
 

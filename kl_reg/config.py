@@ -57,40 +57,7 @@ def default() -> ConfigDict:
     config.reward = ConfigDict()
     config.reward.name = "vader"
 
-    config.kl = ConfigDict()
-    config.kl.coef = 0.0                  # reward units per nat; where a controller starts
-    config.kl.direction = "reverse"       # D(pi || ref), "KL to the base"; "forward": D(ref || pi)
-    config.kl.estimator = "exact"         # or k1, k2, k3, k3_weighted, absolute: docs/kl.md says what each descends
-    config.kl.placement = "full"          # "reward", "loss", or both: "full"
-    config.kl.reduction = "token"         # "sequence": the estimator of an episode's summed log-ratio
-    config.kl.temperature = config_dict.placeholder(float)     # that the KL counts at; None: the sampler's
-    config.kl.allow_biased = False        # accept combinations with no, wrong or double effect
-    config.kl.controller = "fixed"        # of the coefficient: linear, cosine, adaptive, lagrangian, pi
-    config.kl.target = 10.0               # nats per episode, that a controller aims at
-    config.kl.horizon = 1000.0            # episodes, of "adaptive"
-    config.kl.rate = 0.05                 # of "lagrangian" and "pi": log coefficient per iteration and relative error
-    config.kl.gain = 0.5                  # of "pi": log coefficient per relative error
-    config.kl.final = 0.0                 # coefficient at the end of a schedule
-    config.kl.budget = config_dict.placeholder(float)          # hard, nats per episode; None: none
-    config.kl.turn_budget = config_dict.placeholder(float)     # hard, nats per turn of the agent
-    config.kl.token_budget = config_dict.placeholder(float)    # hard, nats per token of the agent
-    config.kl.carry = False               # what a turn or a token leaves of its budget is added to the later ones'
-    config.kl.spend = "neuron"            # part of what is left that a token may spend: its output; "sampled": drawn
-    #                                       around it; "greedy": all; "uniform": an even share of the tokens to come
-
-    config.reference = ConfigDict()       # what KL is measured to
-    config.reference.name = "base"        # "checkpoint", "ema", "sync", "mixture", "pessimistic"
-    config.reference.paths = ()           # model folders; of "checkpoint" one, or a run's member: "runs/x:3"
-    config.reference.decay = 0.99         # of "ema", an iteration
-    config.reference.every = 10           # of "sync", iterations
-    config.reference.alpha = 0.1          # of "pessimistic": the top of the posterior, from all (0) to the best (1)
-    config.reference.cut = "best"         # "best": weight relative to the best; "cumulative": to the sum of the better
-
-    config.sampling = ConfigDict()        # of everybody's tokens, in training and evaluation
-    config.sampling.temperature = 1.0
-    config.sampling.top_k = 0             # 0: all. Truncations keep a set that the reference decides
-    config.sampling.top_p = 1.0
-    config.sampling.min_p = 0.0
+    config.kl, config.reference, config.sampling = _kl(), _reference(), _sampling()
 
     config.rl = ConfigDict()
     config.rl.loss = "ppo_clip"
@@ -123,6 +90,53 @@ def default() -> ConfigDict:
     config.log.tensorboard = True
     config.log.groups = {}                # KL of tokens by their text: name -> regular expression that is found in it
     return config.lock()
+
+
+def _kl():
+    """The KL contract, its coefficient and the hard budgets."""
+    kl = ConfigDict()
+    kl.coef = 0.0                  # reward units per nat; where a controller starts
+    kl.direction = "reverse"       # D(pi || ref), "KL to the base"; "forward": D(ref || pi)
+    kl.estimator = "exact"         # or k1, k2, k3, k3_weighted, absolute: docs/kl.md says what each descends
+    kl.placement = "full"          # "reward", "loss", or both: "full"
+    kl.reduction = "token"         # "sequence": the estimator of an episode's summed log-ratio
+    kl.temperature = config_dict.placeholder(float)     # that the KL counts at; None: the sampler's
+    kl.allow_biased = False        # accept combinations with no, wrong or double effect
+    kl.controller = "fixed"        # of the coefficient: linear, cosine, adaptive, lagrangian, pi
+    kl.target = 10.0               # nats per episode, that a controller aims at
+    kl.horizon = 1000.0            # episodes, of "adaptive"
+    kl.rate = 0.05                 # of "lagrangian" and "pi": log coefficient per iteration and relative error
+    kl.gain = 0.5                  # of "pi": log coefficient per relative error
+    kl.final = 0.0                 # coefficient at the end of a schedule
+    kl.budget = config_dict.placeholder(float)          # hard, nats per episode; None: none
+    kl.turn_budget = config_dict.placeholder(float)     # hard, nats per turn of the agent
+    kl.token_budget = config_dict.placeholder(float)    # hard, nats per token of the agent
+    kl.carry = False               # what a turn or a token leaves of its budget is added to the later ones'
+    kl.spend = "neuron"            # part of what is left that a token may spend: its output; "sampled": drawn
+    #                                around it; "greedy": all; "uniform": an even share of the tokens to come
+    return kl
+
+
+def _reference():
+    """What KL is measured to."""
+    reference = ConfigDict()
+    reference.name = "base"        # "checkpoint", "ema", "sync", "mixture", "pessimistic"
+    reference.paths = ()           # model folders; of "checkpoint" one, or a run's member: "runs/x:3"
+    reference.decay = 0.99         # of "ema", an iteration
+    reference.every = 10           # of "sync", iterations
+    reference.alpha = 0.1          # of "pessimistic": the top of the posterior, from all (0) to the best (1)
+    reference.cut = "best"         # "best": weight relative to the best; "cumulative": to the sum of the better
+    return reference
+
+
+def _sampling():
+    """How everybody's tokens are drawn, in training and evaluation."""
+    sampling = ConfigDict()
+    sampling.temperature = 1.0
+    sampling.top_k = 0             # 0: all. Truncations keep a set that the reference decides
+    sampling.top_p = 1.0
+    sampling.min_p = 0.0
+    return sampling
 
 
 @dataclasses.dataclass(frozen=True)

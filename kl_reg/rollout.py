@@ -94,7 +94,7 @@ def rollout(program, params, memory, frozen: Frozen, caps: Caps, keys: Array, fi
         agent = (role == AGENT) & ~over
         ledger = budget.enter(ledger, jnp.where(agent, env_state.turn, ledger.turn))
         left = budget.left(caps, ledger, program.carry)
-        situation = Situation(left, caps.smallest(), jnp.full(left.shape, position / env.length))
+        situation = Situation(left, budget.part_left(caps, ledger, left), jnp.full(left.shape, position / env.length))
         reading = jax.vmap(policy.read, (0, None, 0, 0))(params, frozen.base, features, situation)
         measure = jax.vmap(reference.read, (0, None, 0, 0, 0, 0))(memory, frozen, features, seen, situation, reading)
         if program.constrained and not reference.proper:

@@ -11,9 +11,9 @@ from kl_reg.choice import SPENDS
 from kl_reg.config import BUDGETS, HYPER, default, flat, kl_config, members, override
 from kl_reg.kl import controllers, estimators
 from kl_reg.kl.references import CUTS
-from kl_reg.models import policy, reference, weights
+from kl_reg.models import policy, reference, tokenizer, weights
 
-_SHARED = ("sweep", "model", "env", "reward", "evaluation", "checkpoint", "log", "rl.iterations")
+_SHARED = ("sweep", "model", "env", "reward", "sampling", "evaluation", "checkpoint", "log", "rl.iterations")
 """Settings that all members of a sweep share: they have one base model, one task and one evaluation."""
 
 _AT_LEAST_ONE = ("rl.iterations", "rl.episodes", "rl.epochs", "rl.minibatches", "env.length", "policy.layers",
@@ -116,26 +116,47 @@ def _validate_sampling(config):
 def _validate_reference(config):
     settings, kl = config.reference, config.kl
     reference.REFERENCES[settings.name]  # noqa: B018 - raises for an unknown name
-    several = settings.name in ("mixture", "pessimistic")
-    if len(settings.paths) != (settings.name == "checkpoint") and not (several and len(settings.paths) > 1):
-        wanted = "two model folders or more" if several else "one" if settings.name == "checkpoint" else "none"
-        raise ValueError(f"reference.paths={tuple(settings.paths)!r} with reference.name={settings.name!r}: "
-                         f"give {wanted}")
+    wanted = {"base": (0, 0), "ema": (0, 0), "sync": (0, 0), "checkpoint": (1, 1), "mixture": (2, math.inf),
+              "pessimistic": (2, math.inf)}
+    if settings.name in wanted:
+        low, high = wanted[settings.name]
+        if not low <= len(settings.paths) <= high:
+            text = {0: "none", 1: "one", 2: "two model folders or more"}[low]
+            raise ValueError(f"reference.paths={tuple(settings.paths)!r} with reference.name={settings.name!r}: give "
+                             f"{text}")
     if settings.cut not in CUTS:
         raise ValueError(f"reference.cut={settings.cut!r} is unknown; choose one of {', '.join(CUTS)}")
     if settings.name == "pessimistic" and (kl.direction == "forward" or kl.reduction == "sequence"):
         raise ValueError("reference.name='pessimistic' is a semi-distribution: use kl.direction='reverse' and "
                          "kl.reduction='token'")
-    vocabulary = (weights.model_folder(config.model.path) / "tokenizer.json").read_bytes()
+    if settings.name in ("ema", "sync") and any(flat(config)[key] is not None for key in BUDGETS):
+        raise ValueError(f"reference.name={settings.name!r} with a hard budget: what the policy does depends on its "
+                         "ledger, and its proposal would become a reference that no budget holds; use a penalty")
     for path in settings.paths:
         if runs.parse(path):
             _validate_run(config, path)
-        elif (weights.model_folder(path) / "tokenizer.json").read_bytes() != vocabulary:
-            raise ValueError(f"reference.paths: {path!r} has another tokenizer than model.path={config.model.path!r}; "
-                             "KL needs one vocabulary")
-        elif weights.load_config(path) != weights.load_config(settings.paths[0]):
-            raise ValueError(f"reference.paths: {path!r} has another shape than {settings.paths[0]!r}; the models of "
-                             "one reference are stacked")
+        else:
+            _validate_model(config, path)
+
+
+def _validate_model(config, path):
+    try:
+        shapes = weights.load_config(path)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"reference.paths: {path!r} is neither a run's member (runs/x:0@60) nor a model folder "
+                                f"({error})") from None
+    base = weights.load_config(config.model.path)
+    words = [tokenizer.load(weights.model_folder(folder)).get_vocab(with_added_tokens=True)
+             for folder in (path, config.model.path)]
+    if words[0] != words[1] or shapes.vocab != base.vocab:
+        raise ValueError(f"reference.paths: {path!r} has another tokenizer or vocabulary than model.path="
+                         f"{config.model.path!r}; KL needs one vocabulary")
+    if shapes.max_position < config.env.length:
+        raise ValueError(f"reference.paths: {path!r} has a context of {shapes.max_position} tokens; env.length is "
+                         f"{config.env.length}")
+    if shapes != weights.load_config(config.reference.paths[0]):
+        raise ValueError(f"reference.paths: {path!r} has another shape than {config.reference.paths[0]!r}; the models "
+                         "of one reference are stacked")
 
 
 def _validate_run(config, path):
@@ -143,13 +164,17 @@ def _validate_run(config, path):
         raise ValueError(f"reference.paths: {path!r} is a run; only reference.name='checkpoint' takes one, mixtures "
                          "are of model folders")
     address = runs.parse(path)
-    swept = members(runs.config_of(address.workdir))
-    if address.member is None or address.member >= len(swept):
-        raise ValueError(f"reference.paths: {path!r} must name a member, as {address.workdir}:0; it has {len(swept)}")
+    swept, have = members(runs.config_of(address.workdir)), runs.iterations(address.workdir)
+    if address.member is None or address.member >= len(swept) or address.iteration not in have:
+        raise ValueError(f"reference.paths: {path!r} must name a member and an iteration, as {address.workdir}:0@60; "
+                         f"there are {len(swept)} members, iterations {', '.join(map(str, have)) or 'none'}")
     theirs = override(runs.config_of(address.workdir), swept[address.member])
     if any(flat(theirs)[key] is not None for key in BUDGETS):
         raise ValueError(f"reference.paths: {path!r} has a hard budget: what it does depends on its own ledger, so it "
                          "is no reference for another policy")
+    if theirs.policy.kind == "head" and any(not runs.parse(own) for own in theirs.reference.paths):
+        raise ValueError(f"reference.paths: {path!r} is a head on reference.name={theirs.reference.name!r}, not on the "
+                         "base model; only members whose reference is the base or a follower can be one")
     if theirs.policy != config.policy or theirs.model.path != config.model.path:
         raise ValueError(f"reference.paths: {path!r} has another policy or base model: policy.* and model.path must be "
                          "the same")

@@ -58,7 +58,9 @@ def _run(argv):
     out = args.out or (run.workdir / "compare" / _name(addresses, args, report) if run else pathlib.Path("compare"))
     out.mkdir(parents=True, exist_ok=True)
     (out / "compare.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
-    figure = divergence_figure.draw(report, compare.settings_of(run.workdir) if run else [], out / "compare.png")
+    shown = run, addresses[0] if addresses[1] else None
+    settings = [compare.settings_of(address.workdir) if address else [] for address in shown]
+    figure = divergence_figure.draw(report, *settings, out / "compare.png")
     _print(report)
     print(f"\nnumbers  {out / 'compare.json'}\nfigure   {figure}")
 

@@ -169,7 +169,7 @@ def settings_of(workdir: pathlib.Path) -> list[Setting]:
     """The settings of a run, be it finished or not."""
     config, stored = runs.config_of(workdir), json.loads((workdir / "config.json").read_text())
     rows = [{"member": i, "hyper": hyper} for i, hyper in enumerate(sweep.hyper_of(config))]
-    if "base" not in stored:        # runs before 0.2 did not record digests
+    if "base" not in stored:        # written by hand, or by another program
         return settings(rows, config, "", {i: () for i in range(len(rows))})
     return settings(rows, config, stored["base"], {i: stored["references"][str(i)] for i in range(len(rows))})
 

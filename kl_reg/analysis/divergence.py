@@ -93,7 +93,7 @@ def _next(program, writer, ledger, read_from, at):
     caps = jax.tree.map(lambda x: jnp.broadcast_to(x, rows), writer.caps)
     ledger = budget.enter(ledger, jnp.where(at.mask, at.turn, ledger.turn))
     left = budget.left(caps, ledger, program.carry)
-    situation = Situation(left, caps.smallest(), at.position / program.env.length)
+    situation = Situation(left, budget.part_left(caps, ledger, left), at.position / program.env.length)
     reading = program.policy.read(writer.params, writer.frozen.base, features, situation)
     reference = program.reference.read(writer.memory, writer.frozen, features, seen, situation, reading)
 

@@ -17,12 +17,13 @@ _MODEL = {"color": "#31688e", "linestyle": "-", "marker": "o"}
 _ROWS = ("per agent token, by position", "per episode, by turn", "per episode, along the run")
 
 
-def draw(report: dict, settings: Sequence[Setting], path: pathlib.Path) -> pathlib.Path:
+def draw(report: dict, settings: Sequence[Setting], others: Sequence[Setting], path: pathlib.Path) -> pathlib.Path:
     """Writes the PNG. A line is a pair of policies, a colour the setting of the run's member, as in the run's report.
 
     Args:
         report: of `compare.compare`. Of several checkpoints the last one's positions and turns are drawn.
         settings: of the run, of B's where both sides are one; none without.
+        others: of A's where both sides are one: their warnings stand below as well.
     """
     groups: dict[tuple, list[dict]] = {}
     for row in report["rows"]:
@@ -34,7 +35,7 @@ def draw(report: dict, settings: Sequence[Setting], path: pathlib.Path) -> pathl
     shown = {rows[-1][side]["member"] for rows in groups.values()}
     settings = [setting for setting in settings if any(member["member"] in shown for member in setting.members)]
     with matplotlib.rc_context(STYLE):
-        figure = new(14.0, 2.9 * (2 + along) + 1.0, settings)
+        figure = new(14.0, 2.9 * (2 + along) + 1.0, [*settings, *others])
         panels = figure.subplots(2 + along, len(report["quantities"]), sharex="row")
         for (key, quantity), column in zip(report["quantities"].items(), panels.T, strict=True):
             for rows in groups.values():

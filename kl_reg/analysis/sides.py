@@ -110,7 +110,7 @@ def same_vocabulary(names: tuple[str, str], models: Sequence[weights.Model]) -> 
 
 def _open_run(name, address, config, model, openings, batch):
     stored = json.loads((address.workdir / "config.json").read_text())
-    if "base" in stored and weights.digest(model.folder) != stored["base"]:     # runs before 0.2 did not record it
+    if "base" in stored and weights.digest(model.folder) != stored["base"]:
         raise ValueError(f"{name}: the run was trained on another model than the one that is in {model.folder} now")
     if openings == "held_out":
         _held_out_openings(config, model)

@@ -103,10 +103,6 @@ class Caps(NamedTuple):
     turn: Float[Array, ...]
     token: Float[Array, ...]
 
-    def smallest(self) -> Float[Array, ...]:
-        """What the first token of an episode may cost at most."""
-        return jnp.minimum(jnp.minimum(self.episode, self.turn), self.token)
-
 
 class Ledger(NamedTuple):
     """What was charged so far, nats, in the episode and in the agent's present turn, with what carrying over counts."""
@@ -142,6 +138,14 @@ def left(caps: Caps, ledger: Ledger, carry: bool) -> Float[Array, ...]:
         turn = caps.turn * ledger.turns - ledger.spent
         token = caps.token * (ledger.tokens + 1) - ledger.spent
     return jnp.maximum(jnp.minimum(jnp.minimum(caps.episode - ledger.spent, turn), token), 0.0)
+
+
+def part_left(caps: Caps, ledger: Ledger, nats: Float[Array, ...]) -> Float[Array, ...]:
+    """Of the episode's budget, where it has one; else `nats`, of `left`, over the smallest other limit. In [0, 1]."""
+    whole = jnp.where(jnp.isfinite(caps.episode), caps.episode, jnp.minimum(caps.turn, caps.token))
+    rest = jnp.where(jnp.isfinite(caps.episode), caps.episode - ledger.spent, nats)
+    some = jnp.isfinite(whole) & (whole > 0)
+    return jnp.where(some, jnp.clip(rest / jnp.where(some, whole, 1.0), 0.0, 1.0), 0.0)
 
 
 def charge(ledger: Ledger, nats: Float[Array, ...], own: Bool[Array, ...]) -> Ledger:

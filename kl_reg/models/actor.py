@@ -11,18 +11,18 @@ from jaxtyping import Array, Float
 
 
 class Situation(NamedTuple):
-    """What the agent knows beside the transcript: nats left, its whole budget, and the part of the episode gone."""
+    """What the agent knows beside the transcript: nats that the next token may cost, the part of the budget that is
+    left, and the part of the episode that is gone. Infinite nats: no budget."""
 
     remaining: Float[Array, ...]
-    budget: Float[Array, ...]
+    part: Float[Array, ...]
     time: Float[Array, ...]
 
     def inputs(self) -> Float[Array, "... 3"]:
-        """Bounded inputs; without a budget the first two are zero."""
-        left = jnp.where(jnp.isfinite(self.remaining), self.remaining, 0.0)
-        total = jnp.where(jnp.isfinite(self.budget) & (self.budget > 0), self.budget, 1.0)
-        left_over_one = left / (1 + left)
-        return jnp.stack(jnp.broadcast_arrays(left_over_one, left / total, self.time), axis=-1)
+        """In [0, 1]; without a budget the first two are zero."""
+        limited = jnp.isfinite(self.remaining)
+        left = jnp.where(limited, self.remaining, 0.0)
+        return jnp.stack([left / (1 + left), jnp.where(limited, self.part, 0.0), self.time], axis=-1)
 
 
 class Scalars(nn.Module):

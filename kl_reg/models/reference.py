@@ -80,7 +80,9 @@ def base(settings: ConfigDict, policy: Policy, sampling: Sampling, start) -> Ref
 
 
 def _follower(policy, sampling, init, update) -> Reference:
-    """A policy of the same kind, whose parameters are the memory, held constant within an update."""
+    """A policy of the same kind, whose parameters are the memory; it has no budget, and is constant within an update.
+    """
+    free = lambda situation: situation._replace(remaining=jnp.full_like(situation.remaining, jnp.inf))  # noqa: E731
 
     def prefill(memory, frozen, opening, start, slots):
         return () if policy.shared else policy.prefill(memory, frozen.base, opening[..., :-1], start, slots)
@@ -89,7 +91,7 @@ def _follower(policy, sampling, init, update) -> Reference:
         return ((), ()) if policy.shared else policy.decode(memory, frozen.base, token, start, index, state)
 
     def read(memory, frozen, features, seen, situation, reading: Reading):
-        inputs = jax.lax.stop_gradient((features if policy.shared else seen, situation))
+        inputs = jax.lax.stop_gradient((features if policy.shared else seen, free(situation)))
         other = jax.lax.stop_gradient(policy.read(memory, frozen.base, *inputs))
         log_probs = jax.nn.log_softmax((other.base_logits + other.gap) / sampling.temperature)
         gap = (reading.gap - other.gap) / sampling.temperature

@@ -70,7 +70,7 @@ def train(config: ConfigDict, reward_fn: Callable | None = None, workdir: str | 
         _iterate(config, groups, states, reward_fn, workdir, saved)
     finally:
         saved.close()
-    summary = _evaluate(config, groups, states, model.params, reward_fn, workdir)
+    summary = _evaluate(config, groups, states, model, reward_fn, workdir)
     (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     params = {number: jax.tree.map(lambda x, i=i: x[i], state.params)
               for group, state in zip(groups, states, strict=True) for i, number in enumerate(group.members)}
@@ -126,8 +126,8 @@ def _overflow(group, i, bad, recorded, extreme):
     slot = int(recorded.slot[i, episode, position])
     return (f"member {group.members[i]}: {', '.join(bad)} not finite; training stops before it is saved. The most "
             f"extreme token is {int(recorded.action[i, episode, position])}, in slot {slot} of episode {episode}, with "
-            f"log pi - log ref = {float(extreme.log_ratio):.4g} nats (k3 and ratios are finite to 80, the other "
-            "estimators to 100). A smaller optim.learning_rate usually helps")
+            f"log pi - log ref = {float(extreme.log_ratio):.4g} nats (k3 and ratios are finite to 80 at least, the "
+            "other estimators to 100). A smaller optim.learning_rate usually helps")
 
 
 def _judge(group, recorded: Episodes, reward_fn):
@@ -142,16 +142,15 @@ def _judge(group, recorded: Episodes, reward_fn):
     return rows, np.stack(streams)
 
 
-def _evaluate(config, groups, states, base, reward_fn, workdir):
+def _evaluate(config, groups, states, model, reward_fn, workdir):
     """Evaluates every member and the base on the same keys; writes evaluation.npz and returns the summary's rows."""
     hypers, rows = sweep.hyper_of(config), {}
     count = config.evaluation.episodes
     with metrics.progress_bar("evaluate", len(groups) + 1) as bar:
-        plain = [group for group in groups if group.program.reference.is_base]
-        first = (plain or groups)[0]
-        episodes = _sample_base(config, first, base, count)
+        plain = sweep.base_group(groups, config, model)
+        episodes = _sample_base(config, plain, model.params, count)
         rows["base"] = {"member": "base", "hyper": {},
-                        "final": _final(first, episodes, reward_fn, workdir / "members/base")}
+                        "final": _final(plain, episodes, reward_fn, workdir / "members/base")}
         bar.step()
         for group, state in zip(groups, states, strict=True):
             episodes = _sample_parts(config, group, state, count)
@@ -160,7 +159,7 @@ def _evaluate(config, groups, states, base, reward_fn, workdir):
                 folder = workdir / f"members/{number}"
                 rows[number] = {"member": number, "hyper": hypers[number],
                                 "final": _final(group, own, reward_fn, folder),
-                                "best": _best(folder, hypers[number]["kl.coef"])}
+                                "best": _best(folder)}
             bar.step()
     return [rows[key] for key in sorted(rows, key=lambda key: -1 if key == "base" else key)]
 
@@ -203,12 +202,13 @@ def _final(group, episodes, reward_fn, folder):
             **kl_by_group(episodes, group.program.groups), "episodes": len(returns)}
 
 
-def _best(folder, coef):
+def _best(folder):
     """The training iteration with the highest return minus coefficient times KL, each a mean over _WINDOW iterations
     up to it: the best of many noisy batches alone would be the luckiest."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    net = [row["return"] - row["kl/coef"] * row["kl/nats_per_episode"] for row in lines]
     window = np.ones(min(_WINDOW, len(lines))) / min(_WINDOW, len(lines))
-    curves = {name: np.convolve([row[name] for row in lines], window, "valid")
-              for name in ("iteration", "return", "kl/nats_per_episode")}
-    at = int(np.argmax(curves["return"] - coef * curves["kl/nats_per_episode"]))
-    return {**{name: float(curve[at]) for name, curve in curves.items()}, "iteration": at + len(window) - 1}
+    at = int(np.argmax(np.convolve(net, window, "valid")))
+    here = lines[at:at + len(window)]
+    return {"iteration": at + len(window) - 1,
+            **{name: float(np.mean([row[name] for row in here])) for name in ("return", "kl/nats_per_episode")}}

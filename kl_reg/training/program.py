@@ -32,6 +32,7 @@ class Program(NamedTuple):
     loss: Callable
     advantage: Callable
     optimizer: optax.GradientTransformation
+    max_grad_norm: float
     constrained: bool
     spend: str
     levels: int
@@ -69,7 +70,7 @@ def build(static: Static, model: weights.Model, start=None) -> Program:
         sampling=drawn, kl=estimators.build(static.kl()), loss=losses.LOSSES[rl.loss],
         controller=controllers.CONTROLLERS[kl.controller](rl.iterations, rl.episodes),
         advantage=advantages.ADVANTAGES[rl.advantage],
-        optimizer=optax.chain(optax.clip_by_global_norm(config.optim.max_grad_norm), optax.scale_by_adam()),
+        optimizer=optax.scale_by_adam(), max_grad_norm=config.optim.max_grad_norm,
         constrained=static.constrained, spend=kl.spend, levels=config.policy.spend_levels, carry=kl.carry,
         normalise=rl.normalise, iterations=rl.iterations, episodes=rl.episodes, epochs=rl.epochs,
         minibatches=rl.minibatches, warmup=config.optim.warmup, final=config.optim.final)

@@ -57,7 +57,7 @@ def score(program, params, memory, frozen: Frozen, episodes: Episodes, caps: Cap
     def read(ledger, features, seen, kept, slot, turn, action, part, mask):
         ledger = budget.enter(ledger, jnp.where(mask, turn, ledger.turn))
         left = budget.left(caps, ledger, program.carry)
-        situation = Situation(left, caps.smallest(), (slot - width) / program.env.length)
+        situation = Situation(left, budget.part_left(caps, ledger, left), (slot - width) / program.env.length)
         reading = program.policy.read(params, frozen.base, features, situation)
         measure = program.reference.read(memory, frozen, features, seen, situation, reading)
 
@@ -140,6 +140,12 @@ def targets(program, episodes: Episodes, rewards: Float[Array, "b k"], coef: Flo
     return advantages, returns, coef
 
 
+def safe_norm(tree) -> Float[Array, ""]:
+    """The global norm; where squares would overflow (k3 at 80 nats has gradients of 1e34) it is scaled first."""
+    largest = jnp.maximum(jnp.stack([jnp.abs(x).max() for x in jax.tree.leaves(tree)]).max(), 1e-30)
+    return largest * optax.global_norm(jax.tree.map(lambda x: x / largest, tree))
+
+
 def update(program, state: TrainState, hyper: Hyper, frozen: Frozen, episodes: Episodes, rewards: Float[Array, "b k"],
            longest: Int[Array, ""]) -> tuple[TrainState, dict, Extreme]:
     """All epochs over one batch of one member. Callers vmap over members.
@@ -159,7 +165,9 @@ def update(program, state: TrainState, hyper: Hyper, frozen: Frozen, episodes: E
         grad = jax.value_and_grad(objective, argnums=1, has_aux=True)
         (_, (parts, ratios)), grads = grad(program, params, state.reference, frozen, part, (adv, ret, coef), hyper,
                                            longest)
-        parts["optim/grad_norm"] = optax.global_norm(grads)
+        norm = safe_norm(grads)
+        parts["optim/grad_norm"] = norm
+        grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, program.max_grad_norm / jnp.maximum(norm, 1e-30)), grads)
         worst = jnp.abs(ratios).argmax()
         extreme = Extreme(ratios.ravel()[worst], index[worst // ratios.shape[1]], worst % ratios.shape[1])
         updates, opt_state = program.optimizer.update(grads, opt_state, params)

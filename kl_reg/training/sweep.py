@@ -1,6 +1,7 @@
 """From a configuration to programs: members with the same static settings share one compiled program."""
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -28,28 +29,40 @@ class Group(NamedTuple):
 
 
 def plan(config: ConfigDict, model: weights.Model) -> list[Group]:
-    """The programs of a sweep; raises as `program.build` does. The base model is shared by all."""
-    return [_group(members, model) for members in runs.groups(config)]
+    """The programs of a sweep; raises as `program.build` does. Base model and references are shared by all."""
+    load = functools.cache(_reference)
+    return [_group(members, model, load) for members in runs.groups(config)]
 
 
-def _group(members, model):
+def base_group(groups: list[Group], config: ConfigDict, model: weights.Model) -> Group:
+    """A program whose untrained policy is the base model: one of the sweep's, or one that is built for it."""
+    for group in groups:
+        if group.program.reference.is_base:
+            return group
+    nothing = {"reference.name": "base", "reference.paths": (), **dict.fromkeys(configs.BUDGETS), "kl.spend": "neuron",
+               "kl.carry": False}
+    own = configs.override(configs.override(config, configs.members(config)[0]), nothing)
+    return _group([(0, own)], model, _reference)
+
+
+def _group(members, model, load):
     statics, hypers, seeds = zip(*(configs.split(own) for _, own in members), strict=True)
-    frozen, start, digests = _reference(statics[0].config().reference)
+    frozen, start, digests = load(tuple(statics[0].config().reference.paths))
     built = program.build(statics[0], model, start)
     hyper = jax.tree.map(lambda *x: jnp.stack(x), *hypers)
     return Group([number for number, _ in members], built, program.compile_program(built), hyper, jnp.array(seeds),
                  Frozen(model.params, frozen), digests)
 
 
-def _reference(settings):
+def _reference(paths):
     """A reference's own frozen parameters, or where it starts from; and digests of what was read."""
-    if not settings.paths:
+    if not paths:
         return (), None, ()
-    address = runs.parse(settings.paths[0])
+    address = runs.parse(paths[0])
     if address:
         member = runs.load(address.workdir, address.iteration)[address.member]
         return (), jax.tree.map(jnp.asarray, member.params), (member.digest,)
-    models = [weights.load(path) for path in settings.paths]
+    models = [weights.load(path) for path in paths]
     frozen = jax.tree.map(lambda *x: jnp.stack(x), *(model.params for model in models))
     return frozen, None, tuple(weights.digest(model.folder) for model in models)
 

@@ -91,7 +91,7 @@ def test_the_first_value_is_zero_and_the_first_spend_is_as_configured(setup):
     assert not episodes.value.any()
     one = jax.tree.map(lambda x: x[0], (setup.params, episodes.features))
     nats = jnp.full(episodes.mask.shape[1:], 3.0)
-    reading = setup.program.policy.read(one[0], setup.model.params, one[1], Situation(nats, 2 * nats, nats / 6))
+    reading = setup.program.policy.read(one[0], setup.model.params, one[1], Situation(nats, nats / 6, nats / 6))
     np.testing.assert_allclose(reading.spend, 0.05, rtol=1e-5)
 
 

@@ -11,11 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 from scipy.special import log_softmax, logsumexp
 
 from kl_reg import choice, rollout
 from kl_reg import config as configs
+from kl_reg.kl import budget
 from kl_reg.models import decoder, weights
+from kl_reg.models.actor import Situation
 from kl_reg.models.reference import REFERENCES
 from kl_reg.training import program as programs
 from kl_reg.training import step, sweep
@@ -88,7 +91,8 @@ def case(imitators):
 
 KINDS = [{"reference__name": name, "policy__kind": kind} for name in REFERENCES.names() for kind in ("head", "full")]
 WAYS = [{"kl__budget": 2.0, "kl__spend": way} for way in choice.SPENDS]
-OTHERS = [{"kl__turn_budget": 0.5}, {"kl__token_budget": 0.1, "kl__carry": True, "kl__turn_budget": 0.6},
+OTHERS = [{"kl__turn_budget": 0.5, "kl__token_budget": 0.05},
+          {"kl__token_budget": 0.1, "kl__carry": True, "kl__turn_budget": 0.6},
           {"sampling__top_p": 0.8, "sampling__temperature": 0.7}, {"sampling__top_k": 5, "kl__budget": 1.0},
           {"sampling__min_p": 0.05, "policy__kind": "full"}, {"kl__direction": "forward"},
           {"reference__name": "pessimistic", "kl__budget": 40.0, "kl__spend": "sampled"},
@@ -129,6 +133,11 @@ def test_no_path_spends_more_than_any_cap(case, settings):
         mask = np.asarray(episodes.mask[m, b])
         kl, turn = np.float64(episodes.kl[m, b])[mask], turns[m, b][mask]
         assert kl.sum() <= float(hyper.kl_budget[m]) * (1 + 1e-5)
+        assert (np.asarray(episodes.spent_before[m, b])[mask] <= float(hyper.kl_budget[m]) * (1 + 1e-5)).all()
+        token = float(hyper.kl_token_budget[m])
+        if settings.get("kl__carry"):
+            assert (np.cumsum(kl) <= token * np.arange(1, len(kl) + 1) * (1 + 1e-5) + 1e-9).all()
+        assert settings.get("kl__carry") or (kl <= token * (1 + 1e-5)).all()
         for count, number in enumerate(dict.fromkeys(turn), 1):
             allowed = float(hyper.kl_turn_budget[m]) * (count if settings.get("kl__carry") else 1)
             spent = kl[turn <= number].sum() if settings.get("kl__carry") else kl[turn == number].sum()
@@ -261,3 +270,29 @@ def test_kept_tokens_by_hand(sampling, kept):
     log_probs = jnp.log(jnp.array([0.4, 0.3, 0.15, 0.1, 0.05]))
     np.testing.assert_array_equal(sampling.keep(log_probs), np.array(kept, bool))
     assert sampling.truncates == (not all(kept))
+
+
+@pytest.mark.parametrize("logit", [-110.0, -20.0, 0.0, 17.0, 60.0])
+def test_a_saturated_neuron_has_finite_gradients(case, logit):
+    """The drawn part's log-probability, at every number of levels."""
+    program = case(kl__budget=2.0, kl__spend="sampled").program
+    for count in (0, 3, 16):
+        of = lambda z, count=count: choice.part_log_prob(program, jax.nn.sigmoid(z), jnp.float32(count / 16))  # noqa: E731
+        value, slope = jax.value_and_grad(of)(jnp.float32(logit))
+        assert jnp.isfinite(value) and jnp.isfinite(slope)
+        if abs(logit) < 1:
+            np.testing.assert_allclose(value, scipy.stats.binom.logpmf(count, 16, 0.5), rtol=1e-4)
+
+
+def test_what_the_policy_knows_of_its_budget_is_bounded():
+    """By hand: of an episode's budget the part that is left, whatever the other caps; else of the smallest cap."""
+    caps = lambda *x: budget.Caps(*map(jnp.float32, x))  # noqa: E731
+    ledger = budget.open_ledger(())._replace(spent=jnp.float32(5.0))
+    inf = np.inf
+    for given, nats, expected in ((caps(20, inf, 0.5), 0.5, 0.75), (caps(0, inf, inf), 0.0, 0.0),
+                                  (caps(inf, 2, 1), 0.25, 0.25), (caps(inf, 2, inf), 19.0, 1.0),
+                                  (caps(inf, inf, inf), inf, 0.0), (caps(4, inf, inf), 0.0, 0.0)):
+        part = budget.part_left(given, ledger, jnp.float32(nats))
+        np.testing.assert_allclose(part, expected, rtol=1e-6)
+        inputs = Situation(jnp.float32(nats), part, jnp.float32(0.5)).inputs()
+        assert ((inputs >= 0) & (inputs <= 1)).all()

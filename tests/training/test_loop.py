@@ -179,7 +179,7 @@ def test_a_member_of_a_run_is_a_reference(whole, config, tmp_path):
     """An untrained policy is the base; its KL to member 1 is what `compare` would say: positive, and to member 0 other.
     """
     follow = config.copy_and_resolve_references()
-    members = (f"{whole.workdir}:1",), (f"{whole.workdir}:0@4",)
+    members = (f"{whole.workdir}:1@4",), (f"{whole.workdir}:0@4",)
     follow.sweep = [{"reference.name": ("checkpoint",), "reference.paths": members}]
     follow.rl.iterations, follow.kl.coef = 1, 0.1
     result = kl_reg.train(follow, reward, tmp_path / "run")
@@ -187,3 +187,13 @@ def test_a_member_of_a_run_is_a_reference(whole, config, tmp_path):
     assert min(first) > 1e-6 and first[0] != first[1]
     digests = json.loads((result.workdir / "config.json").read_text())["references"]
     assert len(digests["0"]) == len(digests["1"]) == 1 and digests["0"] != digests["1"]
+
+
+@pytest.mark.parametrize("address, says", [(":1", "member and an iteration"), (":9@4", "5 members"),
+                                           (":1@3", "iterations 2, 4"), (":3@4", "hard budget")])
+def test_a_member_that_is_no_reference_says_why(whole, config, tmp_path, address, says):
+    follow = config.copy_and_resolve_references()
+    follow.sweep, follow.reference.name, follow.reference.paths = [], "checkpoint", (f"{whole.workdir}{address}",)
+    with pytest.raises(ValueError, match=says):
+        kl_reg.train(follow, reward, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -45,6 +45,7 @@ def group(tiny_folder):
     config.policy.spend_init, config.rl.epochs = 0.3, 1
     config.env.opening, config.env.end, config.env.length, config.rl.episodes = "<|start|>A: hi\n", " ", 12, 6
     config.kl.budget, config.rl.iterations, config.rl.entropy_coef, config.optim.warmup = 1.0, ITERATIONS, 0.01, 3
+    config.optim.max_grad_norm = 1e9
     static, hyper, _ = configs.split(config)
     program = programs.build(static, model)
     compiled = programs.compile_program(program)
@@ -290,3 +291,18 @@ def test_explained_variance_by_hand():
     mask = jnp.array([[True, True, False]])
     np.testing.assert_allclose(step._explained(values, returns, mask), 1 - 0.25 / 1.0)
     np.testing.assert_allclose(step._explained(returns, returns, mask), 1.0)
+
+
+def test_the_norm_of_enormous_gradients_is_finite():
+    """As k3 has them at 80 nats, whose squares are no float32."""
+    tree = {"a": jnp.array([3e34, 0.0]), "b": jnp.array(-4e34)}
+    np.testing.assert_allclose(step.safe_norm(tree), 5e34, rtol=1e-6)
+    assert step.safe_norm({"a": jnp.zeros(3)}) == 0.0
+
+
+def test_gradients_are_clipped_to_the_norm(group, usual):
+    """To a tenth of their norm, and not below it."""
+    norm = np.linalg.norm(vector(usual))
+    for part in (0.1, 2.0):
+        clipped = gradient(group.program._replace(max_grad_norm=part * float(norm)), group)
+        assert_close(clipped, jax.tree.map(lambda x, part=part: min(part, 1.0) * x, usual), 1e-4)
