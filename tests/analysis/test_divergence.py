@@ -82,8 +82,8 @@ def enumerated(params, base, caps, roles=(AGENT,) * 3, turns=(0, 0, 2)):
             in_turn *= t > 0 and turns[t] == turns[t - 1]
             log_base, gap = log_softmax(base[row]), params["logits"][row] - base[row]
             left = max(min(caps[0] - spent, caps[1] - in_turn), 0.0)
-            total = min(caps)
-            share = 0.0 if np.isinf(total) else left / total
+            whole, rest = (min(caps), left) if np.isinf(caps[0]) else (caps[0], max(caps[0] - spent, 0.0))
+            share = 0.0 if np.isinf(whole) else rest / whole
             allowance = np.inf if np.isinf(left) else expit(params["neuron"][row] + share - t / 3) * left
             kl = lambda a, log_base=log_base, gap=gap: rel_entr(  # noqa: E731
                 softmax(log_base + a * gap), np.exp(log_base)).sum()
