@@ -11,7 +11,7 @@ from kl_reg.choice import SPENDS
 from kl_reg.config import BUDGETS, HYPER, default, flat, kl_config, members, override
 from kl_reg.kl import controllers, estimators
 from kl_reg.kl.references import CUTS
-from kl_reg.models import policy, reference, tokenizer, weights
+from kl_reg.models import policy, reference, weights
 
 _SHARED = ("sweep", "model", "env", "reward", "sampling", "evaluation", "checkpoint", "log", "rl.iterations")
 """Settings that all members of a sweep share: they have one base model, one task and one evaluation."""
@@ -145,10 +145,7 @@ def _validate_model(config, path):
     except FileNotFoundError as error:
         raise FileNotFoundError(f"reference.paths: {path!r} is neither a run's member (runs/x:0@60) nor a model folder "
                                 f"({error})") from None
-    base = weights.load_config(config.model.path)
-    words = [tokenizer.load(weights.model_folder(folder)).get_vocab(with_added_tokens=True)
-             for folder in (path, config.model.path)]
-    if words[0] != words[1] or shapes.vocab != base.vocab:
+    if weights.vocabulary(path) != weights.vocabulary(config.model.path):
         raise ValueError(f"reference.paths: {path!r} has another tokenizer or vocabulary than model.path="
                          f"{config.model.path!r}; KL needs one vocabulary")
     if shapes.max_position < config.env.length:

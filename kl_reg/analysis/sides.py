@@ -100,10 +100,10 @@ def _model(name, own, other):
 
 def same_vocabulary(names: tuple[str, str], models: Sequence[weights.Model]) -> None:
     """Raises a ValueError that names both where one token is not the same for both."""
-    words = [tokenizer.load(model.folder).get_vocab(with_added_tokens=True) for model in models]
-    if words[0] != words[1] or models[0].config.vocab != models[1].config.vocab:
-        first, second = (f"{name} ({model.folder}: {len(known)} tokens, {model.config.vocab} logits)"
-                         for name, model, known in zip(names, models, words, strict=True))
+    known = [weights.vocabulary(str(model.folder)) for model in models]
+    if known[0] != known[1]:
+        first, second = (f"{name} ({model.folder}: {len(words)} tokens, {logits} logits)"
+                         for name, model, (words, logits) in zip(names, models, known, strict=True))
         raise ValueError(f"{first} and {second} have different vocabularies: their next-token distributions cannot be "
                          "compared")
 

@@ -13,6 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.flax import save_file
 
+from kl_reg.models import tokenizer
 from kl_reg.models.decoder import DecoderConfig
 from kl_reg.models.families import FAMILIES, LLAMA, hf_config
 
@@ -73,6 +74,11 @@ def load(path: str, dtype: str = "float32") -> Model:
     except SafetensorError as error:
         raise ValueError(f"{file} cannot be read as safetensors: {error}") from None
     return Model(config, unflatten_dict(flat, sep="/"), folder)
+
+
+def vocabulary(path: str) -> tuple[dict[str, int], int]:
+    """Tokens with their numbers, and how many logits the model has: equal for models that KL can compare."""
+    return tokenizer.load(model_folder(path)).get_vocab(with_added_tokens=True), load_config(path).vocab
 
 
 def digest(folder: pathlib.Path) -> str:
