@@ -34,11 +34,16 @@ def default() -> ConfigDict:
     config.model = ConfigDict()
     config.model.path = "embedded"        # or a folder: config.json, model.safetensors, tokenizer.json
     config.model.dtype = "float32"        # of parameters and activations; KL and losses are float32
+    config.model.quantize = ""            # "int8": the matrices of the frozen base model's layers
 
     config.policy = ConfigDict()
-    config.policy.kind = "head"           # "head": on the frozen trunk; "full": all weights
+    config.policy.kind = "head"           # "head": on the frozen trunk; "lora": low-rank changes; "full": all weights
     config.policy.layers = 3              # last hidden layers that a head reads
     config.policy.hidden = 128
+    config.policy.rank = 8                # of "lora"
+    config.policy.alpha = 16.0            # of "lora": changes are multiplied by alpha / rank
+    config.policy.targets = ".*"          # of "lora": the layers that change, a regular expression; ".*": all of
+    #                                       query, key, value, out, gate, up, down that the model has
     config.policy.spend_init = 0.05       # part of the remaining budget that a token may spend at first
     config.policy.spend_levels = 16       # of kl.spend="sampled": parts are multiples of one over this
 
@@ -55,7 +60,9 @@ def default() -> ConfigDict:
     config.env.length = 64                # tokens of an episode behind its opening
 
     config.reward = ConfigDict()
-    config.reward.name = "vader"
+    config.reward.name = "vader"          # or "classifier", or a dotted path
+    config.reward.path = ""               # of "classifier": a folder or a hub name
+    config.reward.label = ""              # whose probability is the reward; "": the positive one
 
     config.kl, config.reference, config.sampling = _kl(), _reference(), _sampling()
 

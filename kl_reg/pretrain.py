@@ -20,9 +20,11 @@ import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
 from kl_reg import checkpoint, chitchat
-from kl_reg.analysis.price import price_of_script
+from kl_reg.analysis.price import Dialogue, price_of_script
+from kl_reg.analysis.stats import mean_and_error
 from kl_reg.metrics import progress_bar
-from kl_reg.models import decoder, tokenizer, weights
+from kl_reg.models import decoder, families, folders, tokenizer, weights
+from kl_reg.models.layers import Rope
 
 _RESUMABLE = ("steps", "decay", "output", "eval_every", "members")      # may change when a training is resumed
 _SINGLE = {"members": 1, "bootstrap": False, "tokenizer": None}         # where a configuration does not name them
@@ -58,7 +60,7 @@ def optimizer(config: ConfigDict) -> optax.GradientTransformation:
 def loss(shapes: decoder.DecoderConfig, params: dict, tokens: jax.Array) -> jax.Array:
     """Mean next-token cross-entropy of windows [b, t + 1], nats per token."""
     hidden = decoder.forward(shapes, params, tokens[:, :-1], jnp.zeros(len(tokens), jnp.int32))
-    logits = jnp.einsum("btd,vd->btv", hidden.last, decoder.unembedding(params), preferred_element_type=jnp.float32)
+    logits = decoder.logits(shapes, params, hidden.last)
     return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
 
 
@@ -94,7 +96,7 @@ def resolve(config: ConfigDict) -> ConfigDict:
 
 def _misfits(c):
     embedded, least = c.tokenizer == "embedded", 256 + 1 + len(chitchat.SPEAKERS)
-    size = tokenizer.load(weights.model_folder("embedded")).get_vocab_size() if embedded else c.vocab
+    size = tokenizer.load(folders.find("embedded")).get_vocab_size() if embedded else c.vocab
     checks = {
         f"tokenizer={c.tokenizer!r}: choose 'embedded', or None to train one": embedded or c.tokenizer is None,
         f"vocab={c.vocab} must be at least {least}: bytes, start token and speakers": c.vocab >= least,
@@ -109,10 +111,11 @@ def _misfits(c):
 
 def shapes(config: ConfigDict) -> decoder.DecoderConfig:
     """Of every model that this configuration trains."""
+    head = config.width // config.heads
     return decoder.DecoderConfig(
         vocab=config.vocab, width=config.width, layers=config.layers, heads=config.heads, kv_heads=config.kv_heads,
-        head_width=config.width // config.heads, mlp_width=config.mlp_width,
-        max_position=config.context, dtype=config.dtype)
+        head_width=head, mlp_width=config.mlp_width, max_position=config.context, rope=Rope(10000.0, head),
+        dtype=config.dtype)
 
 
 def resample(count: int, seed: int) -> np.ndarray:
@@ -143,21 +146,21 @@ def train(config: ConfigDict, workdir: pathlib.Path, command: str) -> list[pathl
     digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
     checkpoint.claim(workdir, {"config": config.to_dict(), "fingerprint": digest})
     tok = _tokenizer(config, data[0], workdir)
-    folders = [_member(config, k, data, tok, workdir, command) for k in range(config.members)]
+    made = [_member(config, k, data, tok, workdir, command) for k in range(config.members)]
     if config.members > 1:
-        cards = {folder: json.loads((folder / "card.json").read_text()) for folder in folders}
-        members = [{"folder": folder.name, "seed": card["seed"], "digest": weights.digest(folder),
+        cards = {folder: json.loads((folder / "card.json").read_text()) for folder in made}
+        members = [{"folder": folder.name, "seed": card["seed"], "digest": folders.digest(folder),
                     "held_out_nats_per_token": card["nats_per_token"]} for folder, card in cards.items()]
         index = json.dumps({"bootstrap": config.bootstrap, "members": members}, indent=2)
         pathlib.Path(config.output, "ensemble.json").write_text(index + "\n")
-    return folders
+    return made
 
 
 def _tokenizer(config, train_set, workdir):
     path = workdir / "tokenizer.json"
     if not path.exists():
         texts = (chitchat.transcript(c.turns) for c in train_set)
-        tok = (tokenizer.load(weights.EMBEDDED) if config.tokenizer == "embedded" else
+        tok = (tokenizer.load(folders.EMBEDDED) if config.tokenizer == "embedded" else
                tokenizer.train(texts, config.vocab, chitchat.SPEAKERS))
         tok.save(str(path))
     return tokenizer.load(workdir)
@@ -170,13 +173,13 @@ def _member(config, k, data, tok, workdir, command):
     workdir, output = workdir / part, pathlib.Path(config.output) / part
     record, ended = workdir / "finished.json", {"steps": config.steps, "decay": config.decay}
     if record.exists() and (output / "card.json").exists() and (
-            json.loads(record.read_text()) == ended | {"digest": weights.digest(output)}):
+            json.loads(record.read_text()) == ended | {"digest": folders.digest(output)}):
         return output
     train_set, held_out, counts = data
     used = resample(len(train_set), seed) if config.bootstrap else np.arange(len(train_set))
     documents, held = [_ids(tok, train_set[i]) for i in used], [_ids(tok, c) for c in held_out]
     state = _fit(config, seed, documents, held, workdir, name)
-    weights.save(output, shapes(config), state.params)
+    weights.save(output, families.llama_settings(shapes(config)), state.params)
     tok.save(str(output / "tokenizer.json"))
     with open(output / "held_out.jsonl", "w") as file:
         file.writelines(json.dumps(c._asdict(), ensure_ascii=False) + "\n" for c in held_out)
@@ -186,7 +189,7 @@ def _member(config, k, data, tok, workdir, command):
             "tokenizer": config.tokenizer, "train_conversations": len(used), "train_tokens": sum(map(len, documents)),
             "train_conversations_distinct": len(np.unique(used)), **counts, "minutes": float(state.seconds) / 60}
     _write_card(config, output, held_out, held, made)
-    record.write_text(json.dumps(ended | {"digest": weights.digest(output)}) + "\n")
+    record.write_text(json.dumps(ended | {"digest": folders.digest(output)}) + "\n")
     return output
 
 
@@ -241,8 +244,10 @@ def _write_card(config, output, held_out, held, made):
     model = weights.load(str(output))
     nats = held_out_loss(model, held, config.context)
     chars = sum(len(chitchat.transcript(c.turns)) for c in held_out) / sum(map(len, held))
-    openings = [c.turns[:2] for c in held_out if sum(map(len, c.turns[:2])) < 160]
-    silence, reached = price_of_script(model, openings, "", turns=10, episodes=512, seed=0)
+    openings = [tokenizer.START + chitchat.transcript(c.turns[:2]) for c in held_out
+                if sum(map(len, c.turns[:2])) < 160]
+    silence, = price_of_script(model, openings, ("",), turns=10, episodes=512, seed=0,
+                               dialogue=Dialogue(*chitchat.SPEAKERS, chitchat.END))
     card = {
         "data": "chitchat-dataset 0.9.0 (BYU PCC lab), MIT", "licence": "Apache-2.0 (weights); MIT (held_out.jsonl)",
         **made, "parameters": sum(x.size for x in jax.tree.leaves(model.params)), "context": config.context,
@@ -251,8 +256,8 @@ def _write_card(config, output, held_out, held, made):
         "nats_per_token": nats, "bits_per_character": nats / np.log(2) / chars, "characters_per_token": chars,
         "steps": config.steps, "tokens_seen": config.steps * config.rows * config.context,
         "machine": f"{os.cpu_count()} cores ({platform.machine()}), {jax.device_count()} x "
-        f"{jax.devices()[0].device_kind}", "price_of_silence_nats": [round(float(x), 3) for x in silence],
-        "price_of_silence_episodes": reached}
+        f"{jax.devices()[0].device_kind}", "price_of_silence_episodes": len(silence.nats),
+        "price_of_silence_nats": [round(float(x), 3) for x in mean_and_error(silence.nats)[0]]}
     (output / "README.md").write_text(_card_text(card))
     (output / "card.json").write_text(json.dumps(card, indent=2) + "\n")
 

@@ -65,6 +65,30 @@ def member_keys(seed: Int[Array, " m"], iteration: Int[Array, " m"]) -> Array:
     return jax.vmap(lambda s, i: jax.random.fold_in(jax.random.key(s), i))(seed, iteration)
 
 
+class Fixed(NamedTuple):
+    """What stays as it is along the episodes: policies and their references' memory [m, ...], and of every episode
+    [m, b] its hard limits, its key and the first slot that is no padding."""
+
+    params: object
+    memory: object
+    frozen: Frozen
+    caps: Caps
+    keys: Array
+    start: Array
+
+
+class Carry(NamedTuple):
+    """The episodes between two positions [m, b, ...]: the last `token`, which no model has read yet, whether it is all
+    `over`, the budget ledger, and the states of environment, policy and reference."""
+
+    token: Array
+    over: Array
+    ledger: budget.Ledger
+    env: object
+    policy: object
+    reference: object
+
+
 def rollout(program, params, memory, frozen: Frozen, caps: Caps, keys: Array, first: Int[Array, " m"]) -> Episodes:
     """Samples `program.episodes` episodes for each member.
 
@@ -78,44 +102,68 @@ def rollout(program, params, memory, frozen: Frozen, caps: Caps, keys: Array, fi
     Returns:
         Episodes [m, b, ...]; the agent stream has room for every token of the episode.
     """
-    policy, env, reference, count = program.policy, program.env, program.reference, program.episodes
-    keys = jax.vmap(lambda key, i: jax.vmap(jax.random.fold_in, (None, 0))(key, i + jnp.arange(count)))(keys, first)
+    fixed, openings, carry = begin(program, params, memory, frozen, caps, episode_keys(keys, first, program.episodes))
+    carry, steps = jax.lax.scan(partial(step, program, fixed), carry, jnp.arange(program.env.length))
+    return _collect(program, openings, jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2), steps), carry.over)
+
+
+def episode_keys(keys: Array, first: Int[Array, " m"], count: int) -> Array:
+    """The keys [m, count] of each member's episodes from `first` on."""
+    return jax.vmap(lambda key, i: jax.vmap(jax.random.fold_in, (None, 0))(key, i + jnp.arange(count)))(keys, first)
+
+
+def begin(program, params, memory, frozen: Frozen, caps: Caps, keys: Array) -> tuple[Fixed, Openings, Carry]:
+    """Episodes with these keys [m, b] behind their openings, nothing drawn yet; `caps` are of each member [m]."""
+    policy, env, reference = program.policy, program.env, program.reference
     openings = _choose_openings(env.openings, keys)
-    width = openings.tokens.shape[-1]
-    slots = width + env.length - 1
+    slots = openings.tokens.shape[-1] + env.length - 1
     caps = jax.tree.map(lambda x: jnp.broadcast_to(x[:, None], keys.shape), caps)
-
-    def step(carry, position):
-        token, over, ledger, env_state, state, ref_state = carry
-        at = openings.start, width - 1 + position
-        features, state = policy.decode(params, frozen.base, token, *at, state)
-        seen, ref_state = reference.decode(memory, frozen, token, *at, ref_state)
-        role, forced = _twice(env.turn)(env_state)
-        agent = (role == AGENT) & ~over
-        ledger = budget.enter(ledger, jnp.where(agent, env_state.turn, ledger.turn))
-        left = budget.left(caps, ledger, program.carry)
-        situation = Situation(left, budget.part_left(caps, ledger, left), jnp.full(left.shape, position / env.length))
-        reading = jax.vmap(policy.read, (0, None, 0, 0))(params, frozen.base, features, situation)
-        measure = jax.vmap(reference.read, (0, None, 0, 0, 0, 0))(memory, frozen, features, seen, situation, reading)
-        if program.constrained and not reference.proper:
-            over |= agent & (left < measure.floor)
-        role = jnp.where(over, PAD, role)
-        token, part, kept, terms, cost = _twice(partial(_draw, program, position))(
-            reading, measure._replace(models=None), left, role, keys)
-        token = jnp.where(role == FORCED, forced, jnp.where(over, 0, token))
-        out = Step(role, jnp.where(over, -1, env_state.turn), token, part, kept, terms, measure.floor, reading.value,
-                   ledger.spent, features, seen)
-        ledger = budget.charge(ledger, cost, role == AGENT)
-        ref_state = reference.observe(ref_state, measure, token)
-        return (token, over, ledger, _twice(env.observe)(env_state, token), state, ref_state), out
-
     env_state = jax.tree.map(lambda x: jnp.broadcast_to(x, (*keys.shape, *x.shape)), env.reset())
     state = policy.prefill(params, frozen.base, openings.tokens[..., :-1], openings.start, slots)
     ref_state = reference.prefill(memory, frozen, openings.tokens, openings.start, slots)
-    carry = (openings.tokens[..., -1], jnp.zeros(keys.shape, bool), budget.open_ledger(keys.shape), env_state, state,
-             ref_state)
-    (_, asked, *_), steps = jax.lax.scan(step, carry, jnp.arange(env.length))
-    return _collect(program, openings, jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2), steps), asked)
+    carry = Carry(openings.tokens[..., -1], jnp.zeros(keys.shape, bool), budget.open_ledger(keys.shape), env_state,
+                  state, ref_state)
+    return Fixed(params, memory, frozen, caps, keys, openings.start), openings, carry
+
+
+def step(program, fixed: Fixed, carry: Carry, position: Int[Array, ""], said: Int[Array, "m b"] | None = None
+         ) -> tuple[Carry, Step]:
+    """One token of every episode.
+
+    Args:
+        position: tokens of the episode before this one; the same for all.
+        said: tokens that somebody else writes instead, -1: none. They are the student's where it is the student's turn;
+            else they are nobody's action (role FORCED) and cost nothing.
+    """
+    policy, env, reference, frozen = program.policy, program.env, program.reference, fixed.frozen
+    at = fixed.start, program.env.openings.tokens.shape[-1] - 1 + position
+    features, state = policy.decode(fixed.params, frozen.base, carry.token, *at, carry.policy)
+    seen, ref_state = reference.decode(fixed.memory, frozen, carry.token, *at, carry.reference)
+    role, forced = _twice(env.turn)(carry.env)
+    if said is not None:
+        role = jnp.where((said >= 0) & (role == AGENT), FORCED, role)
+        forced = jnp.where(said >= 0, said, forced)
+    agent = (role == AGENT) & ~carry.over
+    ledger = budget.enter(carry.ledger, jnp.where(agent, carry.env.turn, carry.ledger.turn))
+    left = budget.left(fixed.caps, ledger, program.carry)
+    situation = Situation(left, budget.part_left(fixed.caps, ledger, left),
+                          jnp.full(left.shape, position / env.length))
+    reading = jax.vmap(policy.read, (0, None, 0, 0))(fixed.params, frozen.base, features, situation)
+    read = jax.vmap(reference.read, (0, None, 0, 0, 0, 0))
+    measure = read(fixed.memory, frozen, features, seen, situation, reading)
+    over = carry.over
+    if program.constrained and not reference.proper:
+        over |= agent & (left < measure.floor)
+    role = jnp.where(over, PAD, role)
+    token, part, kept, terms, cost = _twice(partial(_draw, program, position))(
+        reading, measure._replace(models=None), left, role, fixed.keys)
+    given = role == FORCED if said is None else (role == FORCED) | (said >= 0)
+    token = jnp.where(given, forced, jnp.where(over, 0, token))
+    out = Step(role, jnp.where(over, -1, carry.env.turn), token, part, kept, terms, measure.floor, reading.value,
+               ledger.spent, features, seen)
+    ledger = budget.charge(ledger, cost, role == AGENT)
+    ref_state = reference.observe(ref_state, measure, token)
+    return Carry(token, over, ledger, _twice(env.observe)(carry.env, token), state, ref_state), out
 
 
 def _twice(function: Callable) -> Callable:

@@ -17,11 +17,11 @@ _SHARED = ("sweep", "model", "env", "reward", "sampling", "evaluation", "checkpo
 """Settings that all members of a sweep share: they have one base model, one task and one evaluation."""
 
 _AT_LEAST_ONE = ("rl.iterations", "rl.episodes", "rl.epochs", "rl.minibatches", "env.length", "policy.layers",
-                 "policy.hidden", "policy.spend_levels", "evaluation.episodes", "checkpoint.every", "checkpoint.keep",
-                 "optim.warmup", "reference.every")
+                 "policy.hidden", "policy.rank", "policy.spend_levels", "evaluation.episodes", "checkpoint.every",
+                 "checkpoint.keep", "optim.warmup", "reference.every")
 _NOT_NEGATIVE = ("kl.coef", "kl.target", "kl.horizon", "kl.rate", "kl.gain", "kl.final", "sampling.top_k", "rl.clip",
                  "rl.value_coef", "rl.entropy_coef", "optim.learning_rate", "optim.max_grad_norm", "optim.final",
-                 "seed", "env.opening_turns")
+                 "seed", "env.opening_turns", "policy.alpha")
 _PARTS = ("rl.discount", "rl.gae_lambda", "policy.spend_init", "reference.decay", "reference.alpha",
           "sampling.min_p")
 
@@ -62,6 +62,11 @@ def _validate_member(config):
     if config.policy.kind == "full" and config.model.dtype != "float32":
         raise ValueError("policy.kind='full' with model.dtype='bfloat16': updates are smaller than a weight's "
                          "resolution; use model.dtype='float32'")
+    if config.model.quantize not in ("", "int8"):
+        raise ValueError(f"model.quantize={config.model.quantize!r}: choose '' or 'int8'")
+    if config.policy.kind == "full" and config.model.quantize:
+        raise ValueError(f"policy.kind='full' with model.quantize={config.model.quantize!r}: weights that are int8 "
+                         "cannot be finetuned; use policy.kind='lora' or 'head'")
     if not 0 < config.policy.spend_init < 1:
         raise ValueError(f"policy.spend_init={config.policy.spend_init!r} must lie strictly between 0 and 1")
     if config.rl.episodes % config.rl.minibatches:
@@ -71,10 +76,12 @@ def _validate_member(config):
     _validate_sampling(config)
     _validate_reference(config)
     for registry, name in ((policy.POLICIES, config.policy.kind), (losses.LOSSES, config.rl.loss),
-                           (advantages.ADVANTAGES, config.rl.advantage), (envs.ENVIRONMENTS, config.env.name),
-                           (rewards.REWARDS, config.reward.name)):
+                           (advantages.ADVANTAGES, config.rl.advantage), (envs.ENVIRONMENTS, config.env.name)):
         registry[name]  # noqa: B018 - raises for an unknown name
+    rewards.check(config.reward)
     shapes = weights.load_config(config.model.path, config.model.dtype)
+    if config.policy.kind == "lora":
+        policy.adaptable(shapes, config.policy.targets)
     if config.policy.layers > shapes.layers:
         raise ValueError(f"policy.layers={config.policy.layers}: the model has {shapes.layers} layers")
     if config.env.length > shapes.max_position:
@@ -172,6 +179,6 @@ def _validate_run(config, path):
     if theirs.policy.kind == "head" and any(not runs.parse(own) for own in theirs.reference.paths):
         raise ValueError(f"reference.paths: {path!r} is a head on reference.name={theirs.reference.name!r}, not on the "
                          "base model; only members whose reference is the base or a follower can be one")
-    if theirs.policy != config.policy or theirs.model.path != config.model.path:
-        raise ValueError(f"reference.paths: {path!r} has another policy or base model: policy.* and model.path must be "
-                         "the same")
+    if theirs.policy != config.policy or any(theirs.model[key] != config.model[key] for key in ("path", "quantize")):
+        raise ValueError(f"reference.paths: {path!r} has another policy or base model: policy.*, model.path and "
+                         "model.quantize must be the same")

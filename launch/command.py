@@ -1,6 +1,7 @@
 """What the training commands share: flags, one-line errors, and the closing lines."""
 from __future__ import annotations
 
+import argparse
 import sys
 
 from absl import app, flags, logging
@@ -9,6 +10,17 @@ from rich.console import Console
 from rich.table import Table
 
 flags.disclaim_key_flags()     # --help of a command lists them as its own
+
+
+class Parser(argparse.ArgumentParser):
+    """Of the commands without --config. What it refuses is a ValueError, for `guarded`."""
+
+    def __init__(self, name: str, description: str):
+        super().__init__(prog=f"python -m launch.{name}", description=description,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message):
+        raise ValueError(message)
 
 
 def parse(argv):
@@ -53,7 +65,10 @@ def run(argv, config, workdir: str) -> None:
 
     result = guarded(argv, lambda: kl_reg.train(config, workdir=workdir))
     _print_table(result.summary)
-    print(f"\nrun     {result.workdir}\nreport  {result.report}")
+    print()
+    if result.tokens_per_second is not None:
+        print(f"speed   {result.tokens_per_second:.0f} tokens per second: rollout, reward and update, median iteration")
+    print(f"run     {result.workdir}\nreport  {result.report}")
 
 
 def _print_table(summary):

@@ -11,7 +11,6 @@ checkpoint), or a model folder. docs/compare.md says which of the numbers is the
 """
 from __future__ import annotations
 
-import argparse
 import json
 import pathlib
 import sys
@@ -19,14 +18,8 @@ import sys
 from launch import command
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise ValueError(message)
-
-
 def _arguments(argv):
-    parser = _Parser(prog="python -m launch.compare", description=__doc__,
-                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command.Parser("compare", __doc__)
     parser.add_argument("a", metavar="A", help="base, RUN[:MEMBER][@ITERATION] or a model folder")
     parser.add_argument("b", metavar="B", help="the same")
     parser.add_argument("--on", choices=("A", "B", "held_out"),

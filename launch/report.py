@@ -6,22 +6,23 @@ The page is WORKDIR/report.html (figures also in WORKDIR/figures/): reward again
 share a target, training curves, where in the episode and on which tokens the KL is spent, empty turns, a table of every
 run, and transcripts coloured by what each token cost.
 """
-import argparse
 import pathlib
 import sys
 
+from launch import command
+
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m launch.report", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    command.guarded(["report"], lambda: _run(sys.argv[1:] if argv is None else argv))
+
+
+def _run(argv):
+    parser = command.Parser("report", __doc__)
     parser.add_argument("workdir", type=pathlib.Path, help="the directory that `launch.sweep --workdir` was given")
     workdir = parser.parse_args(argv).workdir
     from kl_reg.analysis.report import write_report
 
-    try:
-        print(write_report(workdir))
-    except (FileNotFoundError, ValueError) as error:
-        sys.exit(f"launch.report: {error}")
+    print(write_report(workdir))
 
 
 if __name__ == "__main__":

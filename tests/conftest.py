@@ -14,7 +14,7 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 from kl_reg import chitchat  # noqa: E402
-from kl_reg.models import decoder, tokenizer, weights  # noqa: E402
+from kl_reg.models import decoder, families, layers, tokenizer, weights  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(__file__).parent.parent / ".pytest_cache" / "jax"))
@@ -28,7 +28,7 @@ hypothesis.settings.load_profile("default")
 def tiny_shapes():
     """A decoder small enough to compile in a second."""
     return decoder.DecoderConfig(vocab=300, width=16, layers=3, heads=4, kv_heads=2, head_width=8, mlp_width=32,
-                                 max_position=64)
+                                 max_position=64, rope=layers.Rope(10000.0, 8))
 
 
 @pytest.fixture(scope="session")
@@ -51,6 +51,7 @@ def tiny_folder(tmp_path_factory, tiny_shapes, tiny_params, tiny_tokenizer):
     """That model and that tokenizer as a folder; the model likes to end its turns, so that replies get finished."""
     folder = tmp_path_factory.mktemp("tiny")
     (end,) = tokenizer.encode(tiny_tokenizer, chitchat.END)
-    weights.save(folder, tiny_shapes, tiny_params | {"embed": tiny_params["embed"].at[end].multiply(8.0)})
+    params = tiny_params | {"embed": tiny_params["embed"].at[end].multiply(8.0)}
+    weights.save(folder, families.llama_settings(tiny_shapes), params)
     tiny_tokenizer.save(str(folder / "tokenizer.json"))
     return folder

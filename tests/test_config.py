@@ -63,7 +63,7 @@ def test_the_fingerprint_moves_with_results_only(config):
 @pytest.mark.parametrize("key, value, says", [
     ("kl.coef", -0.1, "kl.coef=-0.1"), ("kl.budget", -1.0, "kl.budget=-1.0"), ("kl.coef", math.nan, "kl.coef=nan"),
     ("rl.iterations", 0, "rl.iterations=0"), ("rl.discount", 1.5, "rl.discount=1.5"), ("rl.loss", "ppo", "ppo_clip"),
-    ("kl.placement", "reward", "prices nothing"), ("kl.estimator", "k7", "k1"), ("policy.kind", "lora", "full, head"),
+    ("kl.placement", "reward", "prices nothing"), ("kl.estimator", "k7", "k1"), ("policy.kind", "prefix", "lora"),
     ("policy.layers", 9, "the model has 3 layers"), ("env.length", 65, "context of 64"), ("seed", -1, "seed=-1"),
     ("policy.spend_init", 1.0, "policy.spend_init"), ("rl.minibatches", 5, "multiple of rl.minibatches=5"),
     ("model.path", "/nowhere", "/nowhere"), ("reward.name", "no.such.reward", "cannot be imported")])

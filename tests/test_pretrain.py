@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from configs import pretrain_ensemble
 from kl_reg import chitchat, pretrain
 from kl_reg.analysis.price import price_of_script
-from kl_reg.models import tokenizer, weights
+from kl_reg.models import folders, tokenizer, weights
 
 ROOT = pathlib.Path(__file__).parents[1]
 SETTINGS = {"seed": 0, "vocab": 300, "width": 16, "layers": 2, "heads": 2, "kv_heads": 1, "mlp_width": 32,
@@ -202,9 +202,9 @@ def test_the_embedded_tokenizer_is_used_as_it_is(config, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(pretrain, "batches", dying_at(0, seed=0, seen=seen))
         pretrain.train(config, tmp_path / "run", "the command")
-    assert (tmp_path / "run/tokenizer.json").read_bytes() == (weights.EMBEDDED / "tokenizer.json").read_bytes()
+    assert (tmp_path / "run/tokenizer.json").read_bytes() == (folders.EMBEDDED / "tokenizer.json").read_bytes()
     texts = [chitchat.transcript(c.turns) for c in conversations("train", 40)]
-    tok = tokenizer.load(weights.EMBEDDED)
+    tok = tokenizer.load(folders.EMBEDDED)
     assert [tokenizer.decode(tok, ids.tolist()) for ids in seen] == ["<|start|>" + text for text in texts]
 
 

@@ -15,7 +15,7 @@ from kl_reg.analysis import sides
 from kl_reg.analysis.divergence import Writer, meanings, measure, summarise
 from kl_reg.analysis.settings import Setting, settings
 from kl_reg.envs.teacher_student import Environment
-from kl_reg.models import tokenizer, weights
+from kl_reg.models import folders, tokenizer
 from kl_reg.training import step, sweep
 from kl_reg.types import OPENING, PAD, Transcript
 
@@ -96,12 +96,12 @@ def held_out(side: sides.Side, count: int, seed: int) -> Transcript:
     Raises:
         ValueError: there are fewer conversations.
     """
-    lines = (weights.EMBEDDED / "held_out.jsonl").read_text().splitlines()
+    lines = (folders.EMBEDDED / "held_out.jsonl").read_text().splitlines()
     if count > len(lines):
         raise ValueError(f"--episodes {count}: there are {len(lines)} held-out conversations")
     env, env_settings, vocabulary = side.teams[0].program.env, side.config.env, tokenizer.load(side.model.folder)
     ids = {name: tokenizer.encode(vocabulary, env_settings[name]) for name in ("end", "teacher", "student")}
-    opening = tokenizer.encode(vocabulary, sides.special_tokens(vocabulary, env_settings.opening)) + ids["teacher"]
+    opening = tokenizer.opening(vocabulary, sides.special_tokens(vocabulary, env_settings.opening)) + ids["teacher"]
     tokens, lengths = np.zeros((count, len(opening) + env.length), np.int32), np.zeros(count, np.int32)
     tokens[:, :len(opening)] = opening
     for row, line in enumerate(np.random.default_rng(seed).permutation(lines)[:count]):

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Int
 from tokenizers import Tokenizer
 
 from kl_reg.analysis.recorded import means, rates
+from kl_reg.models.tokenizer import token_bytes
 from kl_reg.types import Episodes
 
 BUILT_IN = ("first", "end", "punctuation", "other")
@@ -62,7 +63,7 @@ def token_groups(tokenizer: Tokenizer, end: str, expressions: Mapping[str, str])
         ValueError: as `compile_expressions`.
     """
     patterns = compile_expressions(expressions)
-    texts = tokenizer.decode_batch([[token] for token in range(tokenizer.get_vocab_size())], skip_special_tokens=False)
+    texts = [content.decode(errors="replace") for content in token_bytes(tokenizer)]
     kind = [_END if end in text else _PUNCTUATION if _is_punctuation(text) else _OTHER for text in texts]
     found = np.zeros((len(patterns), len(texts) + 1), bool)
     for row, pattern in zip(found, patterns.values(), strict=True):

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from kl_reg.envs.teacher_student import Reply
-from kl_reg.types import AGENT, STUDENT, Episodes
+from kl_reg.types import AGENT, OPENING, STUDENT, Episodes
 
 
 def means(columns: Mapping[str, np.ndarray]) -> dict[str, float | None]:
@@ -89,7 +89,8 @@ def summarise(episodes: Episodes, replies: Sequence[Reply], returns: np.ndarray)
                  "help/rate_per_token": (total(-np.expm1(-episodes.floor)), tokens),
                  "teacher/silent_rate": (silent[AGENT], finished[AGENT]),
                  "student/silent_rate": (silent[STUDENT], finished[STUDENT])}),
-        "kl/top1_share": top1_share(episodes.kl[mask]), "val/num_eos_tokens": int(finished[AGENT].sum())}
+        "kl/top1_share": top1_share(episodes.kl[mask]), "val/num_eos_tokens": int(finished[AGENT].sum()),
+        "tokens": int((episodes.transcript.roles > OPENING).sum())}
 
 
 def _turns(replies, count):

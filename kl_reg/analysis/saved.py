@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from kl_reg import runs
 from kl_reg.analysis.figures import CURVES
 from kl_reg.analysis.settings import Setting, settings
-from kl_reg.models import weights
+from kl_reg.models import folders
 
 FINAL = ("return", "return_se", "kl/nats_per_episode", "kl/nats_per_episode_se", "kl/nats_per_token",
          "teacher/silent_rate", "teacher/silent_rate_se", "student/silent_rate", "student/silent_rate_se",
@@ -49,7 +49,7 @@ def read(workdir: pathlib.Path) -> Sweep:
     _check(workdir / "summary.json", summary)
     members = {row["member"]: row for row in summary if row["member"] != "base"}
     base, references = _digests(file, stored, members)
-    folder = weights.model_folder(config.model.path)
+    folder = folders.find(config.model.path)
     return Sweep(config, stored["fingerprint"], bool(base), next(row for row in summary if row["member"] == "base"),
                  settings(list(members.values()), config, base, references),
                  {i: _lines(workdir / f"members/{i}/metrics.jsonl") for i in members},

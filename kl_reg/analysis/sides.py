@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -14,9 +13,9 @@ from tokenizers import Tokenizer
 
 from kl_reg import config as configs
 from kl_reg import runs
-from kl_reg.models import decoder, policy, reference, tokenizer, weights
+from kl_reg.models import decoder, folders, policy, quantize, reference, tokenizer, weights
 from kl_reg.models.actor import Situation
-from kl_reg.models.policy import FullFeatures, Policy, Reading
+from kl_reg.models.policy import Policy, Reading, TwinFeatures
 from kl_reg.training import program as programs
 from kl_reg.training import sweep
 from kl_reg.types import Frozen, Hyper
@@ -91,11 +90,15 @@ def _model(name, own, other):
     run = own or other
     dtype = run.model.dtype if run else "float32"
     if own or name == "base":
-        return weights.load(run.model.path if run else "embedded", dtype)
-    if pathlib.Path(name).is_dir():
+        model = weights.load(run.model.path if run else "embedded", dtype)
+        if run and run.model.quantize:
+            return model._replace(params=quantize.quantize(model.params, donate=True))
+        return model
+    try:
         return weights.load(name, dtype)
-    raise ValueError(f"{name!r} is neither 'base', nor a run as RUN[:MEMBER][@ITERATION] (there is no config.json of a "
-                     "run), nor a model folder")
+    except FileNotFoundError as error:
+        raise ValueError(f"{name!r} is neither 'base', nor a run as RUN[:MEMBER][@ITERATION] (there is no config.json "
+                         f"of a run), nor a model: {error}") from None
 
 
 def same_vocabulary(names: tuple[str, str], models: Sequence[weights.Model]) -> None:
@@ -110,7 +113,7 @@ def same_vocabulary(names: tuple[str, str], models: Sequence[weights.Model]) -> 
 
 def _open_run(name, address, config, model, openings, batch):
     stored = json.loads((address.workdir / "config.json").read_text())
-    if "base" in stored and weights.digest(model.folder) != stored["base"]:
+    if "base" in stored and folders.digest(model.folder) != stored["base"]:
         raise ValueError(f"{name}: the run was trained on another model than the one that is in {model.folder} now")
     if openings == "held_out":
         _held_out_openings(config, model)
@@ -212,17 +215,17 @@ def in_place_of_agent(config: decoder.DecoderConfig, other: decoder.DecoderConfi
     def decode(params, base, token, start, index, state):
         steps = [decoder.decode(c, p, flat(token), flat(start), index, cache)
                  for c, p, cache in ((config, base, state[0]), (other, single(params), state[1]))]
-        return FullFeatures(*(hidden.last.reshape(*token.shape, -1) for hidden, _ in steps)), tuple(
+        return TwinFeatures(*(hidden.last.reshape(*token.shape, -1) for hidden, _ in steps)), tuple(
             cache for _, cache in steps)
 
     def reread(params, base, transcript, slot):
         both = (decoder.forward(c, p, transcript.tokens, transcript.start).last
                 for c, p in ((config, base), (other, params)))
-        return FullFeatures(*(jnp.take_along_axis(x, jnp.maximum(slot - 1, 0)[..., None], axis=1) for x in both))
+        return TwinFeatures(*(jnp.take_along_axis(x, jnp.maximum(slot - 1, 0)[..., None], axis=1) for x in both))
 
     def read(params, base, features, situation: Situation):
-        logits, nothing = policy.logits_of(features.base, base), jnp.zeros(features.base.shape[:-1])
-        return Reading(logits, policy.logits_of(features.policy, params) - logits, nothing, nothing)
+        logits, nothing = decoder.logits(config, base, features.base), jnp.zeros(features.base.shape[:-1])
+        return Reading(logits, decoder.logits(other, params, features.policy) - logits, nothing, nothing)
 
     return Policy(None, prefill, decode, None, reread, read, relative=False, shared=False)
 

@@ -1,9 +1,12 @@
 r"""The paper's environment: the agent plays the teacher, the base model the student, in one transcript.
 
-A turn ends when its writer has written the turn's terminator. With `markers="forced"` that is the end marker, alone or
-inside a longer token, and the environment then writes the other speaker's prefix, which is nobody's action. With
-`markers="written"` the terminator is the end marker and the other's prefix, all written by whoever has the turn, as in
-the paper, in the tokens that the tokenizer gives them on their own.
+A turn ends with the token that completes the turn's terminator, in whatever tokens its writer has written that text.
+With `markers="forced"` the terminator is the end marker, and the environment then writes the other speaker's prefix,
+which is nobody's action. With `markers="written"` it is the end marker and the other's prefix, all written by whoever
+has the turn, as in the paper.
+
+Only what a turn's own tokens say can end it, forced prefixes not among them; with "written" the text that the last
+token of the turn before has behind its terminator (":\n" is one token in many vocabularies) belongs to the turn, too.
 
 The student's replies are rewarded one by one; a reply that the end of the episode cuts is worth 0, and the return is
 the sum. Source: Cohen, Hutter, Bengio and Russell (2024), "RL, but don't do anything I wouldn't do".
@@ -12,6 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import accumulate
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -21,23 +25,24 @@ from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
 from kl_reg.models import tokenizer as text
-from kl_reg.models.weights import EMBEDDED
+from kl_reg.models.folders import EMBEDDED
+from kl_reg.models.markers import finder
 from kl_reg.types import AGENT, FORCED, STUDENT, Openings, Transcript
 
 
 class EnvState(NamedTuple):
-    """Of one episode. `speaker` 0 is the agent; `queue` counts prefix tokens still to be forced; `recent` is the end of
-    the transcript; `length` counts the writer's tokens in this turn."""
+    """Of one episode. `speaker` 0 is the agent; `queue` counts prefix tokens still to be forced; `found` is the state
+    of the search for the turn's terminator."""
 
     speaker: Int[Array, ""]
     queue: Int[Array, ""]
     turn: Int[Array, ""]
-    length: Int[Array, ""]
-    recent: Int[Array, " w"]
+    found: Int[Array, ""]
 
 
 class Reply(NamedTuple):
-    """A turn in a recorded batch. `end` is its last slot; `finished` whether it reached its terminator."""
+    """A turn in a recorded batch. `end` is its last slot; `ids` are the tokens that begin before its terminator, `text`
+    what it says before it, stripped; `finished` whether it reached it."""
 
     episode: int
     turn: int
@@ -67,22 +72,19 @@ def teacher_student(config: ConfigDict, tokenizer: Tokenizer) -> Environment:
     """Builds the environment from `config.env`.
 
     Raises:
-        ValueError: a marker or an opening that gives no tokens, or unknown `markers` or `openings`.
+        ValueError: a marker or an opening that gives no tokens, a marker that the tokenizer cannot write, or unknown
+            `markers` or `openings`.
     """
     end, teacher, student = (_ids(tokenizer, config, name) for name in ("end", "teacher", "student"))
     if config.markers not in ("forced", "written"):
         raise ValueError(f"env.markers={config.markers!r}: choose 'forced' or 'written'")
     forced = config.markers == "forced"
-    terminators = (end, end) if forced else (end + student, end + teacher)     # of the agent's and the student's turn
-    prefixes = (student, teacher) if forced else ([], [])                      # forced behind them
-    window = max(map(len, terminators))
-    ends = [jnp.array([-1] * (window - len(ids)) + ids) for ids in terminators]
-    closing = _closing(tokenizer, config.end) if forced else np.zeros(tokenizer.get_vocab_size(), bool)
-    queues = [jnp.array(ids or [0]) for ids in prefixes]
+    terminators = [config.end] if forced else [config.end + config.student, config.end + config.teacher]
+    prefixes = (student, teacher) if forced else ([], [])          # forced behind the agent's and the student's turn
+    search, queues = finder(tokenizer, *terminators), [jnp.array(ids or [0]) for ids in prefixes]
 
     def reset():
-        zero = jnp.int32(0)
-        return EnvState(zero, zero, zero, zero, jnp.full(window, -1, jnp.int32))
+        return EnvState(*[jnp.int32(0)] * 4)
 
     def turn(state):
         agent = state.speaker == 0
@@ -93,18 +95,15 @@ def teacher_student(config: ConfigDict, tokenizer: Tokenizer) -> Environment:
 
     def observe(state, token):
         was_forced = state.queue > 0
-        length = jnp.where(was_forced, 0, state.length + 1)
-        recent = jnp.append(state.recent[1:], token.astype(jnp.int32))
-        matches = [jnp.all((marker < 0) | (marker == recent)) & (length >= len(ids))
-                   for marker, ids in zip(ends, terminators, strict=True)]
-        closes = jnp.asarray(closing).at[token].get(mode="fill", fill_value=False) & (state.queue == 0)
-        over = closes | jnp.where(state.speaker == 0, *matches)
+        found, over = search.step(state.found, token)
+        over &= ~was_forced
+        if forced:      # the search begins anew behind the prefix
+            found = jnp.where(over | was_forced, 0, found)
         queue = jnp.where(over, jnp.where(state.speaker == 0, *map(len, prefixes)), jnp.maximum(state.queue - 1, 0))
-        return EnvState(jnp.where(over, 1 - state.speaker, state.speaker), queue, state.turn + over,
-                        jnp.where(over, 0, length), recent)
+        return EnvState(jnp.where(over, 1 - state.speaker, state.speaker), queue, state.turn + over, found)
 
     def read(transcript):
-        return _read(tokenizer, terminators, closing, config.end, transcript)
+        return _read(tokenizer, [marker.encode() for marker in terminators], transcript)
 
     return Environment(reset, turn, observe, _openings(config, tokenizer, teacher), config.length, read)
 
@@ -113,6 +112,9 @@ def _ids(tokenizer, config, name):
     ids = text.encode(tokenizer, config[name])
     if not ids:
         raise ValueError(f"env.{name}={config[name]!r} gives no tokens; it must be a non-empty string")
+    if text.decode(tokenizer, ids) != config[name]:
+        raise ValueError(f"env.{name}={config[name]!r} comes back from the model's tokenizer as "
+                         f"{text.decode(tokenizer, ids)!r}; choose a text that it can write")
     return ids
 
 
@@ -128,7 +130,7 @@ def _openings(config, tokenizer, teacher):
                  for line in (EMBEDDED / "held_out.jsonl").read_text().splitlines()]
     else:
         raise ValueError(f"env.openings={config.openings!r}: choose 'fixed' (env.opening) or 'held_out'")
-    rows = [text.encode(tokenizer, opening) for opening in texts]
+    rows = [text.opening(tokenizer, opening) for opening in texts]
     if config.openings == "held_out":
         rows = [row for row in rows if len(row) <= config.opening_tokens]
     if not rows or not min(map(len, rows)):
@@ -143,32 +145,22 @@ def _lines(config, turns):
         yield (config.teacher, config.student)[i % 2] + (" " + turn if turn else "") + config.end
 
 
-def _closing(tokenizer, end):
-    """Which tokens [v] contain the end marker: in many vocabularies "!\\n" is one token, and it ends a turn too."""
-    count = tokenizer.get_vocab_size()
-    return np.array([end in tokenizer.decode([token], skip_special_tokens=False) for token in range(count)])
-
-
-def _read(tokenizer, terminators, closing, end, transcript):
-    """All turns of a batch [b, s] of numpy arrays, in order; their text without the terminator."""
+def _read(tokenizer, terminators, transcript):
+    """All turns of a batch [b, s] of numpy arrays, in order."""
     replies = []
     for e, (tokens, roles, turns) in enumerate(zip(transcript.tokens, transcript.roles, transcript.turns, strict=True)):
-        first = int(transcript.start[e])
+        first, rest = int(transcript.start[e]), b""
         for number in range(turns.max() + 1):
             slots = np.flatnonzero((turns == number) & ((roles == AGENT) | (roles == STUDENT)))
             if not len(slots):
                 continue
-            role = int(roles[slots[0]])
-            terminator = terminators[0 if role == AGENT else 1]
-            ids = tokens[slots].tolist()
-            said, finished = text.decode(tokenizer, ids), True
-            if ids[-len(terminator):] == terminator:
-                ids = ids[:-len(terminator)]
-                said = text.decode(tokenizer, ids)
-            elif ids[-1] < len(closing) and closing[ids[-1]]:
-                said = said[:said.rindex(end)]
-            else:
-                finished = False
-            replies.append(Reply(e, number, role, int(slots[-1]), ids, said.strip(),
+            role, ids = int(roles[slots[0]]), tokens[slots].tolist()
+            parts, terminator = text.bytes_of(tokenizer, ids), terminators[0 if role == AGENT else -1]
+            said, begins = rest + b"".join(parts), accumulate(map(len, parts), initial=len(rest))
+            at = said.find(terminator, max(0, len(rest) + 1 - len(terminator)))     # completed by one of these tokens
+            finished, at = at >= 0, at if at >= 0 else len(said)
+            own = [token for token, begin in zip(ids, begins, strict=False) if begin < at]
+            replies.append(Reply(e, number, role, int(slots[-1]), own, said[:at].decode(errors="replace").strip(),
                                  text.decode(tokenizer, tokens[first:slots[0]].tolist()), finished))
+            rest = said[at + len(terminator):] if len(terminators) > 1 else b""
     return replies

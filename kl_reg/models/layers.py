@@ -1,48 +1,224 @@
-"""Building blocks of the decoder. Axes: b batch, t query, s key, d model, h heads, k kv-heads, f head width."""
+"""Building blocks of the decoder. Axes: b batch, t query, s key, d model, h heads, k kv-heads, f head width, e experts.
+"""
 from __future__ import annotations
 
+import dataclasses
+import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
+from jax.custom_batching import sequential_vmap
+
+ACTIVATIONS = {"silu": jax.nn.silu, "swish": jax.nn.silu, "relu": jax.nn.relu,
+               "gelu": partial(jax.nn.gelu, approximate=False), "gelu_new": jax.nn.gelu, "gelu_fast": jax.nn.gelu,
+               "gelu_pytorch_tanh": jax.nn.gelu}
+"""By the names that config.json uses."""
 
 
-class RMSNorm(nn.Module):
-    """x / rms(x) * scale, computed in float32. Source: Zhang and Sennrich (2019)."""
+class Linear(nn.Module):
+    """x @ kernel + bias; with an adapter, + x @ a @ b of the member that a row belongs to.
 
+    The collection "adapter" holds a [m, d, r] and b [m, r, o]; the rows of x are those of m members, one after the
+    other, so that all members go through the kernel as one batch. Source: Hu et al. (2021), "LoRA".
+    """
+
+    features: int
+    dtype: Any
+    use_bias: bool = False
+    kernel_init: Callable = nn.initializers.normal(0.02)
+
+    @nn.compact
+    def __call__(self, x):
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)
+        x = x.astype(self.dtype)
+        if self.has_variable("params", "kernel_scale"):
+            y = _scaled(x, kernel, self.get_variable("params", "kernel_scale"))
+        else:
+            y = x @ kernel.astype(self.dtype)
+        if self.has_variable("adapter", "a"):
+            a, b = (self.get_variable("adapter", name).astype(self.dtype) for name in "ab")
+            y += (x.reshape(len(a), -1, x.shape[-1]) @ a @ b).reshape(y.shape)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+            y += jnp.broadcast_to(bias.astype(self.dtype), y.shape)
+        return y
+
+
+# Checkpointed, so that a gradient keeps int8 kernels for its backward pass and not a float copy of every layer's.
+@partial(jax.checkpoint, prevent_cse=False)
+def _scaled(x, kernel, scale):
+    """x @ (kernel * scale) of an int8 kernel (quantize.py); what is scaled is the product, so that it stays int8."""
+    y = jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+    return (y * jnp.broadcast_to(scale, y.shape)).astype(x.dtype)
+
+
+class Norm(nn.Module):
+    """Normalisation in float32.
+
+    "rms": x / rms(x) * scale, Zhang and Sennrich (2019); "rms_plus_one" with 1 + scale in place of scale (Gemma);
+    "layer": (x - mean) / deviation * scale + bias, Ba et al. (2016).
+    """
+
+    kind: str
     eps: float
     dtype: Any
 
     @nn.compact
     def __call__(self, x):
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
-        x = x.astype(jnp.float32)
+        shape, x = (x.shape[-1],), x.astype(jnp.float32)
+        start = nn.initializers.zeros if self.kind == "rms_plus_one" else nn.initializers.ones
+        scale = self.param("scale", start, shape, jnp.float32).astype(jnp.float32)
+        if self.kind == "layer":
+            x = x - x.mean(-1, keepdims=True)
         x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
-        return (x * jnp.broadcast_to(scale, x.shape)).astype(self.dtype)
+        x = x * jnp.broadcast_to(1 + scale if self.kind == "rms_plus_one" else scale, x.shape)
+        if self.kind == "layer":
+            bias = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
+            x = x + jnp.broadcast_to(bias.astype(jnp.float32), x.shape)
+        return x.astype(self.dtype)
 
 
-def rope(positions: jax.Array, width: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines [..., t, f/2] of rotary positions. Source: Su et al. (2021)."""
-    frequency = theta ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
-    angle = jnp.einsum("...,f->...f", positions.astype(jnp.float32), frequency)
-    return jnp.cos(angle), jnp.sin(angle)
+class Experts(nn.Module):
+    """A sparse mixture of gated MLPs: each token goes to the `chosen` experts its router likes best, none is dropped.
+
+    Their outputs are weighted by the router's softmax, renormalised over the chosen. Source: Jiang et al. (2024),
+    "Mixtral of Experts".
+    """
+
+    width: int
+    experts: int
+    chosen: int
+    activation: str
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x):
+        d, init = x.shape[-1], nn.initializers.normal(0.02)
+        shapes = {"gate": (d, self.width), "up": (d, self.width), "down": (self.width, d)}
+        kernels = [self.param(name, init, (self.experts, *shape), jnp.float32) for name, shape in shapes.items()]
+        flat = x.reshape(-1, d)
+        logits = Linear(self.experts, self.dtype, name="router")(flat).astype(jnp.float32)
+        weights, chosen = jax.lax.top_k(jax.nn.softmax(logits), self.chosen)
+        weights /= weights.sum(-1, keepdims=True)
+        if self.has_variable("params", "gate_scale"):
+            scales = [self.get_variable("params", f"{name}_scale") for name in shapes]
+            y = _scaled_experts(self.activation, flat, chosen, weights.astype(self.dtype), kernels, scales)
+        else:
+            kernels = [kernel.astype(self.dtype) for kernel in kernels]
+            y = _experts(self.activation, flat, chosen, weights.astype(self.dtype), *kernels)
+        return y.reshape(x.shape)
+
+
+def _experts_of(activation, x, chosen, weights, gate, up, down):
+    """x [n, d], chosen and weights [n, c] -> [n, d]; tokens sorted by expert, so that each kernel is read once."""
+    count, order = chosen.shape[1], jnp.argsort(chosen.ravel(), stable=True)
+    sizes = jnp.bincount(chosen.ravel(), length=len(gate)).astype(jnp.int32)
+    rows = x[order // count]
+    hidden = ACTIVATIONS[activation](jax.lax.ragged_dot(rows, gate, sizes)) * jax.lax.ragged_dot(rows, up, sizes)
+    out = jax.lax.ragged_dot(hidden, down, sizes) * weights.ravel()[order][:, None]
+    return jnp.zeros_like(x).at[order // count].add(out)
+
+
+# `ragged_dot` and its gradient do not vmap in general; one member after the other does.
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _experts(activation, *args):
+    return sequential_vmap(partial(_experts_of, activation))(*args)
+
+
+def _experts_forward(activation, *args):
+    return _experts(activation, *args), args
+
+
+def _experts_backward(activation, args, cotangent):
+    @sequential_vmap
+    def backward(x, chosen, kernels, cotangent):
+        run = lambda x, kernels: _experts_of(activation, x, chosen, *kernels)  # noqa: E731
+        return jax.vjp(run, x, kernels)[1](cotangent)
+
+    x, chosen, *kernels = args
+    grad, grads = backward(x, chosen, kernels, cotangent)
+    return grad, np.zeros(chosen.shape, jax.dtypes.float0), *grads
+
+
+_experts.defvjp(_experts_forward, _experts_backward)
+
+
+@partial(jax.checkpoint, prevent_cse=False, static_argnums=0)
+def _scaled_experts(activation, x, chosen, weights, kernels, scales):
+    """`_experts` with int8 kernels [e, i, o] and their scales [e, o]; `ragged_dot` takes them in float."""
+    dense = [(kernel * jnp.broadcast_to(scale[:, None], kernel.shape)).astype(x.dtype)
+             for kernel, scale in zip(kernels, scales, strict=True)]
+    return _experts(activation, x, chosen, weights, *dense)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """Rotary positions: the first `width` numbers of a head are rotated, Su et al. (2021), "RoFormer".
+
+    `kind` is how the frequencies theta^(-2i / width) are changed for longer contexts: "default" (not at all), "linear"
+    (divided by `factor`), "llama3" (slow ones divided by it, fast ones kept), "yarn" (Peng et al., 2023).
+    """
+
+    theta: float
+    width: int
+    kind: str = "default"
+    factor: float = 1.0
+    low: float = 1.0             # of llama3: wavelengths longer than original / low are stretched
+    high: float = 4.0            # those shorter than original / high are kept
+    beta_fast: float = 32.0      # of yarn: turns within the original context beyond which a frequency is kept
+    beta_slow: float = 1.0       # and below which it is divided
+    truncate: bool = True        # yarn's bounds are whole numbers
+    original: int = 0            # the context before stretching
+    scale: float = 1.0           # of cosines and sines, yarn's attention factor
+
+    def frequencies(self) -> np.ndarray:
+        """[width / 2], radians a position, float64."""
+        plain = self.theta ** (-np.arange(0, self.width, 2) / self.width)
+        if self.kind == "linear":
+            return plain / self.factor
+        if self.kind == "llama3":
+            kept = (self.original * plain / (2 * math.pi) - self.low) / (self.high - self.low)
+        elif self.kind == "yarn":
+            at = [self.width * math.log(self.original / (turns * 2 * math.pi)) / (2 * math.log(self.theta))
+                  for turns in (self.beta_fast, self.beta_slow)]
+            first, last = (math.floor(at[0]), math.ceil(at[1])) if self.truncate else at
+            first, last = max(first, 0), min(last, self.width - 1)
+            kept = 1 - (np.arange(self.width // 2) - first) / max(last - first, 0.001)
+        else:
+            return plain
+        kept = np.clip(kept, 0, 1)
+        return kept * plain + (1 - kept) * plain / self.factor
+
+    def angles(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Cosines and sines [..., t, width / 2]."""
+        frequency = jnp.asarray(self.frequencies(), jnp.float32)
+        angle = jnp.einsum("...,f->...f", positions.astype(jnp.float32), frequency)
+        return self.scale * jnp.cos(angle), self.scale * jnp.sin(angle)
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates the halves of x [b, h, t, f] by cos, sin [b, t, f/2]."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[:, None], sin[:, None]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    """Rotates the halves of the first numbers of x [b, h, t, f] by cos, sin [b, t, width / 2]; keeps the others."""
+    half, kind = cos.shape[-1], x.dtype
+    x, cos, sin = x.astype(jnp.float32), cos[:, None], sin[:, None]
+    first, second, rest = x[..., :half], x[..., half:2 * half], x[..., 2 * half:]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1).astype(kind)
 
 
-def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
+def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, scale: float, cap: float | None
+           ) -> jax.Array:
     """Grouped-query attention, softmax in float32.
 
     Args:
         query: [b, h, t, f].
         key, value: [b, k, s, f]; h is a multiple of k.
         mask: bool [b, t, s], True where a query may look.
+        scale: of the scores.
+        cap: scores become cap * tanh(score / cap), or stay as they are (None).
 
     Returns:
         [b, t, h * f].
@@ -50,7 +226,9 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) 
     b, h, t, f = query.shape
     k = key.shape[1]
     query = query.reshape(b, k, h // k * t, f)
-    scores = jnp.einsum("bkqf,bksf->bkqs", query, key, preferred_element_type=jnp.float32) * f**-0.5
+    scores = jnp.einsum("bkqf,bksf->bkqs", query, key, preferred_element_type=jnp.float32) * scale
+    if cap is not None:
+        scores = cap * jnp.tanh(scores / cap)
     scores = scores.reshape(b, k, h // k, t, -1)
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)

@@ -5,7 +5,9 @@ Axis names: m members, b episodes, k agent tokens. A policy's parameters have a 
 """
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -49,12 +51,6 @@ class Policy(NamedTuple):
     read: Callable
     relative: bool
     shared: bool
-
-
-def logits_of(hidden: Float[Array, "... d"], params: dict) -> Float[Array, "... v"]:
-    """Logits of final hidden states under a trunk's parameters, float32."""
-    return jnp.einsum("...d,vd->...v", hidden, decoder.unembedding(params), preferred_element_type=jnp.float32,
-                      precision="highest")      # float32 stays float32 where the hardware has a coarser default
 
 
 def _flat(x):
@@ -103,62 +99,175 @@ def head(config: decoder.DecoderConfig, settings) -> Policy:
         x = jnp.concatenate([features.astype(jnp.float32), situation.inputs()], axis=-1)
         change = actor.apply({"params": params["actor"]}, x)
         value, spend = scalars.apply({"params": params["scalars"]}, x)
-        return Reading(logits_of(last, base), logits_of(change.astype(last.dtype), base), value, spend)
+        gap = decoder.unembed(base, change.astype(last.dtype))
+        return Reading(decoder.logits(config, base, last), gap, value, spend)
 
     return Policy(init, prefill, decode, refresh, reread, read, relative=True, shared=True)
 
 
-class FullFeatures(NamedTuple):
-    """Final hidden states [..., d] of the frozen base and of the finetuned copy."""
+class TwinFeatures(NamedTuple):
+    """Final hidden states [..., d] of the frozen base and of the finetuned model."""
 
     base: Array
     policy: Array
 
 
-def full(config: decoder.DecoderConfig, settings) -> Policy:
-    """All weights are finetuned: a copy of the base beside the frozen base. Settings: `hidden`, `spend_init`.
+class Finetuned(NamedTuple):
+    """A finetuned model beside the frozen base. `own` are the weights that it adds, one member's, or where marked m all
+    members'; the policy's parameters hold them as `name`.
 
-    The value head and the budget neuron read the copy's final hidden state, and their gradient stops there: the copy's
-    weights move for the policy alone.
+    init(key, base) -> own.
+    prefill(own m, base, tokens [m, b, t], start [m, b], slots) -> cache.
+    decode(own m, base, token [m, b], start, index, cache) -> (final hidden states [m, b, d], cache).
+    forward(own, base, transcript) -> final hidden states [b, s, d].
+    logits(own, base, hidden) -> logits.
     """
+
+    name: str
+    init: Callable
+    prefill: Callable
+    decode: Callable
+    forward: Callable
+    logits: Callable
+
+
+def _beside_base(config, settings, model: Finetuned) -> Policy:
+    """The policy of a finetuned model. The value head and the budget neuron read its final hidden state, and their
+    gradient stops there: its weights move for the policy alone."""
     scalars = Scalars(settings.hidden, settings.spend_init)
 
     def init(key, base):
         x = jnp.zeros(config.width + 3)
-        return {"trunk": jax.tree.map(jnp.copy, base), "scalars": scalars.init(key, x)["params"]}
+        return {model.name: model.init(jax.random.fold_in(key, 1), base), "scalars": scalars.init(key, x)["params"]}
 
     def prefill(params, base, tokens, start, slots):
-        own = jax.vmap(lambda p, t, s: decoder.prefill(config, p, t, s, slots)[1])(params["trunk"], tokens, start)
+        own = model.prefill(params[model.name], base, tokens, start, slots)
         return own, decoder.prefill(config, base, _flat(tokens), _flat(start), slots)[1]
 
     def decode(params, base, token, start, index, state):
-        own_step = jax.vmap(lambda p, t, s, cache: decoder.decode(config, p, t, s, index, cache))
-        own, own_cache = own_step(params["trunk"], token, start, state[0])
+        own, own_cache = model.decode(params[model.name], base, token, start, index, state[0])
         frozen, cache = decoder.decode(config, base, _flat(token), _flat(start), index, state[1])
-        return FullFeatures(frozen.last.reshape(own.last.shape), own.last), (own_cache, cache)
-
-    def hidden_before(params, transcript, slot):
-        return _before(decoder.forward(config, params, transcript.tokens, transcript.start).last, slot)
+        return TwinFeatures(frozen.last.reshape(own.shape), own), (own_cache, cache)
 
     def refresh(params, base, episodes):
-        del base
-        return episodes.features._replace(policy=hidden_before(params["trunk"], episodes.transcript, episodes.slot))
+        hidden = model.forward(params[model.name], base, episodes.transcript)
+        return episodes.features._replace(policy=_before(hidden, episodes.slot))
 
     def reread(params, base, transcript, slot):
-        return FullFeatures(*(hidden_before(p, transcript, slot) for p in (base, params["trunk"])))
+        frozen = decoder.forward(config, base, transcript.tokens, transcript.start).last
+        return TwinFeatures(*(_before(x, slot) for x in (frozen, model.forward(params[model.name], base, transcript))))
 
     def read(params, base, features, situation: Situation):
         x = features.policy.astype(jnp.float32)
         inputs = jnp.concatenate([jax.lax.stop_gradient(x), situation.inputs()], axis=-1)
         value, spend = scalars.apply({"params": params["scalars"]}, inputs)
-        base_logits = logits_of(features.base, base)
-        return Reading(base_logits, logits_of(features.policy, params["trunk"]) - base_logits, value, spend)
+        base_logits = decoder.logits(config, base, features.base)
+        own = model.logits(params[model.name], base, features.policy)
+        return Reading(base_logits, own - base_logits, value, spend)
 
     return Policy(init, prefill, decode, refresh, reread, read, relative=False, shared=False)
 
 
+def full(config: decoder.DecoderConfig, settings) -> Policy:
+    """All weights are finetuned: a copy of the base beside the frozen base. Settings: `hidden`, `spend_init`."""
+
+    def init(key, base):
+        del key
+        return jax.tree.map(jnp.copy, base)
+
+    def prefill(own, base, tokens, start, slots):
+        del base
+        return jax.vmap(lambda p, t, s: decoder.prefill(config, p, t, s, slots)[1])(own, tokens, start)
+
+    def decode(own, base, token, start, index, cache):
+        del base
+        step = jax.vmap(lambda p, t, s, cache: decoder.decode(config, p, t, s, index, cache))
+        hidden, cache = step(own, token, start, cache)
+        return hidden.last, cache
+
+    def forward(own, base, transcript):
+        del base
+        return decoder.forward(config, own, transcript.tokens, transcript.start).last
+
+    def logits(own, base, hidden):
+        del base
+        return decoder.logits(config, own, hidden)
+
+    return _beside_base(config, settings, Finetuned("trunk", init, prefill, decode, forward, logits))
+
+
+def adaptable(config: decoder.DecoderConfig, targets: str) -> dict[str, tuple[int, ...]]:
+    """Linear layers whose whole name (query, key, value, out, gate, up, down) matches the regular expression, with the
+    shapes [layers, in, out] of their matrices.
+
+    Raises:
+        ValueError: there is none; lists those of the model.
+    """
+    layers = jax.eval_shape(partial(decoder.init, config), jax.random.key(0))["layers"]
+    known = {name: leaf["kernel"].shape for name, leaf in layers.items() if "kernel" in leaf}
+    chosen = {name: shape for name, shape in known.items() if re.fullmatch(targets, name)}
+    if not chosen:
+        raise ValueError(f"policy.targets={targets!r} matches no linear layer; there are {', '.join(known)}")
+    return chosen
+
+
+def merged(base: dict, adapter: dict, scale: float) -> dict:
+    """The base's parameters with one member's adapter added to its matrices: kernel + scale a b."""
+    layers = dict(base["layers"])
+    for name, low in adapter.items():
+        change = scale * jnp.einsum("ldr,lro->ldo", low["a"], low["b"])
+        kernel = layers[name]["kernel"]
+        layers[name] = layers[name] | {"kernel": (kernel.astype(jnp.float32) + change).astype(kernel.dtype)}
+    return base | {"layers": layers}
+
+
+def lora(config: decoder.DecoderConfig, settings) -> Policy:
+    """Low-rank changes of the frozen base's matrices, kernel + alpha / rank a b, with b zero at first; all members'
+    rows go through the base as one batch. Source: Hu et al. (2021), "LoRA".
+
+    Settings: `rank`, `alpha`, `targets` (a regular expression of layers, as `adaptable` takes it), `hidden`,
+    `spend_init`. The adapter is float32 whatever the base's dtype.
+    """
+    shapes, rank = adaptable(config, settings.targets), settings.rank
+
+    def init(key, base):
+        del base
+        adapter = {}
+        for i, (name, (layers, inner, outer)) in enumerate(shapes.items()):
+            limit = inner**-0.5
+            a = jax.random.uniform(jax.random.fold_in(key, i), (layers, inner, rank), minval=-limit, maxval=limit)
+            adapter[name] = {"a": a, "b": jnp.zeros((layers, rank, outer))}
+        return adapter
+
+    def scaled(own, members):
+        """As `decoder` takes it; the member axis, where there is one, is the second."""
+        place = (lambda x: jnp.moveaxis(x, 0, 1)) if members else (lambda x: x[:, None])
+        return {name: {"a": place(low["a"]), "b": settings.alpha / rank * place(low["b"])}
+                for name, low in own.items()}
+
+    def prefill(own, base, tokens, start, slots):
+        adapter = scaled(own, True)
+        return decoder.prefill(config, base, _flat(tokens), _flat(start), slots, adapter=adapter)[1]
+
+    def decode(own, base, token, start, index, cache):
+        adapter = scaled(own, True)
+        hidden, cache = decoder.decode(config, base, _flat(token), _flat(start), index, cache, adapter=adapter)
+        return hidden.last.reshape(*token.shape, -1), cache
+
+    def forward(own, base, transcript):
+        adapter = scaled(own, False)
+        return decoder.forward(config, base, transcript.tokens, transcript.start, adapter=adapter).last
+
+    def logits(own, base, hidden):
+        del own
+        return decoder.logits(config, base, hidden)
+
+    return _beside_base(config, settings, Finetuned("adapter", init, prefill, decode, forward, logits))
+
+
 POLICIES.register("head", head)
 POLICIES.register("full", full)
+POLICIES.register("lora", lora)
 
 
 def build(kind: str, config: decoder.DecoderConfig, settings) -> Policy:

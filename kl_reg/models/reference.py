@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from kl_reg.kl import references
 from kl_reg.models import decoder, weights
-from kl_reg.models.policy import Policy, Reading, logits_of
+from kl_reg.models.policy import Policy, Reading
 from kl_reg.registry import Registry
 from kl_reg.types import Sampling
 
@@ -155,7 +155,7 @@ def _models(settings, policy, sampling, proper, combine) -> Reference:
 
     def log_probs_of(frozen, hidden):
         """[n, ..., v] of hidden states [n, ..., d]."""
-        logits = over_models(lambda params, h: logits_of(h, params), 0)(frozen.reference, hidden)
+        logits = over_models(lambda params, h: decoder.logits(config, params, h), 0)(frozen.reference, hidden)
         return jax.nn.log_softmax(logits / sampling.temperature)
 
     def learn(log_weights, likelihood):

@@ -17,7 +17,7 @@ from kl_reg import config as configs
 from kl_reg.analysis import report
 from kl_reg.analysis.groups import kl_by_group
 from kl_reg.analysis.recorded import ledger, objective, summarise
-from kl_reg.models import weights
+from kl_reg.models import folders, quantize, weights
 from kl_reg.rewards import replies
 from kl_reg.training import sweep
 from kl_reg.types import Episodes
@@ -26,12 +26,14 @@ _WINDOW = 5      # iterations that the best iterate is a mean over
 
 
 class Result(NamedTuple):
-    """`summary` as in summary.json; `params` of each member, in the sweep's order; the paths of what was written."""
+    """`summary` as in summary.json; `params` of each member, in the sweep's order; the paths of what was written;
+    `tokens_per_second` of all members, the median of the iterations that this call ran (None: there was none)."""
 
     summary: list[dict]
     params: list
     workdir: pathlib.Path
     report: pathlib.Path
+    tokens_per_second: float | None
 
 
 def train(config: ConfigDict, reward_fn: Callable | None = None, workdir: str | pathlib.Path = "runs/latest") -> Result:
@@ -55,32 +57,37 @@ def train(config: ConfigDict, reward_fn: Callable | None = None, workdir: str | 
     if reward_fn is not None:
         config = config.copy_and_resolve_references()
         config.reward.name = replies.name_of(reward_fn)
-    reward_fn = reward_fn or rewards.REWARDS[config.reward.name]
-    model = weights.load(config.model.path, config.model.dtype)
+    reward_fn = reward_fn or rewards.build(config.reward)
+    model, rounding = weights.load(config.model.path, config.model.dtype), None
+    if config.model.quantize:
+        model, rounding = quantize.convert(model)
+        print(f"model.quantize={config.model.quantize}: {rounding}")
     groups = sweep.plan(config, model)
-    base = weights.digest(model.folder)
-    inputs = base, replies.digest(reward_fn), *(digest for group in groups for digest in group.digests)
+    base = folders.digest(model.folder)
+    inputs = base, rewards.digest(reward_fn), *(digest for group in groups for digest in group.digests)
     resolved = {"config": json.loads(config.to_json()), "fingerprint": configs.fingerprint(config, *inputs),
-                "base": base, "references": {str(i): group.digests for group in groups for i in group.members}}
+                "base": base, "references": {str(i): group.digests for group in groups for i in group.members},
+                "quantize": rounding and rounding.record()}
     checkpoint.claim(workdir, resolved)
     states = [group.run.init(model.params, group.seeds, group.hyper) for group in groups]
     saved = checkpoint.Checkpoints(workdir / "checkpoints", resolved, config.checkpoint.keep)
     states = saved.restore(states)
     try:
-        _iterate(config, groups, states, reward_fn, workdir, saved)
+        rates = _iterate(config, groups, states, reward_fn, workdir, saved)
     finally:
         saved.close()
     summary = _evaluate(config, groups, states, model, reward_fn, workdir)
     (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     params = {number: jax.tree.map(lambda x, i=i: x[i], state.params)
               for group, state in zip(groups, states, strict=True) for i, number in enumerate(group.members)}
-    return Result(summary, [params[number] for number in sorted(params)], workdir, report.write_report(workdir))
+    return Result(summary, [params[number] for number in sorted(params)], workdir, report.write_report(workdir),
+                  float(np.median(rates)) if rates else None)
 
 
 def _iterate(config, groups, states, reward_fn, workdir, saved):
-    """Runs the iterations that are left; `states` is updated in place, one entry a group."""
+    """Runs the iterations that are left; `states` is updated in place, one entry a group. Tokens per second of each."""
     done = int(states[0].iteration[0])
-    hypers = sweep.hyper_of(config)
+    hypers, rates = sweep.hyper_of(config), []
     logs = [metrics.MemberLog(workdir / f"members/{i}", hyper, done, config.log.tensorboard)
             for i, hyper in enumerate(hypers)]
     with metrics.progress_bar("train", config.rl.iterations, done) as bar:
@@ -92,14 +99,17 @@ def _iterate(config, groups, states, reward_fn, workdir, saved):
             for g, group in enumerate(groups):
                 states[g], new = _iteration(group, states[g], reward_fn)
                 rows.update(new)
+            seconds = time.monotonic() - began
+            rates.append(sum(row["tokens"] for row in rows.values()) / seconds)
             for number, row in rows.items():
-                logs[number].write({"iteration": iteration, **row, "seconds": time.monotonic() - began})
-            shown = ("return", "kl/nats_per_episode")
-            bar.step(**{name: np.mean([row[name] for row in rows.values()]) for name in shown})
+                logs[number].write({"iteration": iteration, **row, "seconds": seconds, "tokens_per_second": rates[-1]})
+            shown = {name: np.mean([row[name] for row in rows.values()]) for name in ("return", "kl/nats_per_episode")}
+            bar.step(**shown, **{"tokens/s": rates[-1]})
             if (iteration + 1) % config.checkpoint.every == 0 or iteration + 1 == config.rl.iterations:
                 saved.save(iteration + 1, states)
     for log in logs:
         log.close()
+    return rates
 
 
 def _iteration(group, state, reward_fn):

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from kl_reg import config as configs
 from kl_reg import runs
-from kl_reg.models import weights
+from kl_reg.models import folders, weights
 from kl_reg.training import program
 from kl_reg.types import Frozen, Hyper
 
@@ -64,7 +64,7 @@ def _reference(paths):
         return (), jax.tree.map(jnp.asarray, member.params), (member.digest,)
     models = [weights.load(path) for path in paths]
     frozen = jax.tree.map(lambda *x: jnp.stack(x), *(model.params for model in models))
-    return frozen, None, tuple(weights.digest(model.folder) for model in models)
+    return frozen, None, tuple(folders.digest(model.folder) for model in models)
 
 
 def hyper_of(config: ConfigDict) -> list[dict]:

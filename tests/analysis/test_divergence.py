@@ -20,7 +20,7 @@ from kl_reg.analysis import divergence
 from kl_reg.analysis.divergence import Writer, measure, summarise
 from kl_reg.kl.budget import Caps
 from kl_reg.kl.estimators import KLConfig, build
-from kl_reg.models import reference, weights
+from kl_reg.models import families, reference, weights
 from kl_reg.models.policy import Policy, Reading
 from kl_reg.training import program as programs
 from kl_reg.types import AGENT, OPENING, STUDENT, Frozen, Sampling, Transcript
@@ -216,7 +216,7 @@ def test_what_is_read_along_a_transcript_is_what_the_sampler_read(tiny_folder, t
                "env.openings": "fixed", "env.opening": "<|start|>A: hi\n", "rl.episodes": 3, "reference.name": name}
     if name == "mixture":
         other = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(1), x.shape), model.params)
-        weights.save(tmp_path / "other", model.config, other)
+        weights.save(tmp_path / "other", families.llama_settings(model.config), other)
         (tmp_path / "other/tokenizer.json").write_bytes((tiny_folder / "tokenizer.json").read_bytes())
         changes["reference.paths"] = (str(tiny_folder), str(tmp_path / "other"))
     built = programs.build(configs.split(configs.override(config, changes))[0], model)

@@ -52,9 +52,15 @@ def test_two_episodes_by_hand():
     assert out["teacher/silent_rate"] == 0.5            # the unfinished turn does not count
     assert out["student/silent_rate"] == pytest.approx(1 / 3)
     assert out["kl/top1_share"] == pytest.approx(4 / 6)
-    assert out["val/num_eos_tokens"] == 2
+    assert out["val/num_eos_tokens"] == 2 and out["tokens"] == 4
     assert {name for name in out if not name.endswith("_se") and f"{name}_se" not in out} == {
-        "kl/top1_share", "val/num_eos_tokens"}
+        "kl/top1_share", "val/num_eos_tokens", "tokens"}
+
+
+def test_tokens_are_those_behind_the_opening_whoever_wrote_them():
+    roles = np.array([[PAD, OPENING, OPENING, FORCED, AGENT, STUDENT], [OPENING, OPENING, AGENT, AGENT, PAD, PAD]])
+    transcript = Transcript(np.zeros((2, 6), np.int32), roles, np.zeros((2, 6), int), np.array([1, 0]))
+    assert summarise(recorded(transcript=transcript), [], np.zeros(2))["tokens"] == 5
 
 
 def test_a_batch_of_which_nothing_is_known_says_so():

@@ -8,7 +8,7 @@ import pytest
 from small_sweep import ATTACK, row, summary
 
 from kl_reg.analysis import figures, report
-from kl_reg.models import weights
+from kl_reg.models import folders
 from launch import report as command
 
 
@@ -184,7 +184,7 @@ def test_the_page_is_reproducible(workdir):
 
 def test_the_human_rate_comes_with_the_embedded_model_only(workdir, unseen, model_folder, monkeypatch, tmp_path):
     assert "human" not in page_of(workdir)
-    monkeypatch.setattr(weights, "EMBEDDED", tmp_path / "assets")
+    monkeypatch.setattr(folders, "EMBEDDED", tmp_path / "assets")
     (tmp_path / "assets").mkdir()
     for file in model_folder.iterdir():
         (tmp_path / "assets" / file.name).write_bytes(file.read_bytes())
@@ -232,5 +232,6 @@ def test_a_single_member_makes_a_page(workdir):
 def test_command(workdir, capsys):
     command.main([str(workdir)])
     assert capsys.readouterr().out.strip() == str(workdir / "report.html")
-    with pytest.raises(SystemExit, match="nowhere/config.json is missing"):
+    with pytest.raises(SystemExit, match="2"):
         command.main([str(workdir / "nowhere")])
+    assert "nowhere/config.json is missing" in capsys.readouterr().err

@@ -12,7 +12,7 @@ from kl_reg import chitchat
 from kl_reg.analysis import compare, sides
 from kl_reg.config import default
 from kl_reg.envs import ENVIRONMENTS
-from kl_reg.models import decoder, tokenizer, weights
+from kl_reg.models import decoder, folders, tokenizer
 from kl_reg.models.actor import Situation
 from kl_reg.types import AGENT, FORCED, PAD, STUDENT, Transcript
 
@@ -74,7 +74,7 @@ def test_held_out_conversations_are_as_they_were_written(markers):
     env = ENVIRONMENTS["teacher_student"](side.config.env, words)
     team = side.teams[0]._replace(program=side.teams[0].program._replace(env=env))
     shown = compare.held_out(side._replace(teams=[team]), 6, 0)
-    lines = map(json.loads, (weights.EMBEDDED / "held_out.jsonl").read_text().splitlines())
+    lines = map(json.loads, (folders.EMBEDDED / "held_out.jsonl").read_text().splitlines())
     texts = [tokenizer.START + chitchat.transcript(line["turns"]) for line in lines]
     found = set()
     for tokens, roles, turns in zip(shown.tokens, shown.roles, shown.turns, strict=True):

@@ -7,7 +7,8 @@ import pytest
 
 import kl_reg
 from kl_reg.config import default
-from kl_reg.models import decoder, weights
+from kl_reg.models import decoder, families, weights
+from kl_reg.models.layers import Rope
 from kl_reg.types import AGENT
 from launch import compare
 
@@ -127,8 +128,8 @@ def test_a_folder_plays_the_agent_beside_the_runs_base(run, call, tiny_folder, t
     _, _, report, _ = call(tiny_folder, f"{run}:0", "--on", "A", "--openings", "run", "--episodes", 4)
     assert report["rows"][0]["per_episode"]["total_variation"]["mean"] == pytest.approx(0.0, abs=1e-4)
     shapes = decoder.DecoderConfig(vocab=300, width=24, layers=1, heads=2, kv_heads=1, head_width=8, mlp_width=16,
-                                   max_position=64)
-    weights.save(tmp_path / "other", shapes, decoder.init(shapes, jax.random.key(1)))
+                                   max_position=64, rope=Rope(10000.0, 8))
+    weights.save(tmp_path / "other", families.llama_settings(shapes), decoder.init(shapes, jax.random.key(1)))
     (tmp_path / "other/tokenizer.json").write_bytes((tiny_folder / "tokenizer.json").read_bytes())
     _, _, report, _ = call(tmp_path / "other", f"{run}:0", "--on", "A", "--episodes", 4)
     assert report["rows"][0]["per_token"]["kl_ab"]["mean"] > 0.05

@@ -102,8 +102,9 @@ def test_members_start_from_seeds_of_their_own(setup):
     assert not np.array_equal(episodes.transcript.tokens[0], episodes.transcript.tokens[1])
 
 
-def test_the_value_of_a_full_policy_does_not_move_its_trunk(setups):
-    setup = setups("full", None)
+@pytest.mark.parametrize(("kind", "own"), [("full", "trunk"), ("lora", "adapter")])
+def test_the_value_does_not_move_the_finetuned_weights(setups, kind, own):
+    setup = setups(kind, None)
     episodes = setup.sample(setup.params)
     params, episodes = jax.tree.map(lambda x: x[0], (setup.moved(), episodes))
     base, situation = setup.model.params, Situation(*[jnp.zeros(episodes.mask.shape)] * 3)
@@ -116,11 +117,11 @@ def test_the_value_of_a_full_policy_does_not_move_its_trunk(setups):
         return {"value": reading.value.sum(), "gap": (reading.gap**2).sum()}
 
     of = grads(params)
-    assert not any(x.any() for x in jax.tree.leaves(of["value"]["trunk"]))
+    assert not any(x.any() for x in jax.tree.leaves(of["value"][own]))
     assert of["value"]["scalars"]["value_hidden"]["kernel"].any()
-    assert all(x.any() for x in jax.tree.leaves(of["gap"]["trunk"]))
+    assert all(x.any() for x in jax.tree.leaves(of["gap"][own]))
 
 
 def test_an_unknown_kind_lists_the_choices():
-    with pytest.raises(ValueError, match="policy.kind='trunk'.*full, head"):
+    with pytest.raises(ValueError, match="policy.kind='trunk'.*full, head, lora"):
         POLICIES["trunk"]

@@ -17,7 +17,7 @@ from scipy.special import log_softmax, logsumexp
 from kl_reg import choice, rollout
 from kl_reg import config as configs
 from kl_reg.kl import budget
-from kl_reg.models import decoder, weights
+from kl_reg.models import decoder, families, weights
 from kl_reg.models.actor import Situation
 from kl_reg.models.reference import REFERENCES
 from kl_reg.training import program as programs
@@ -58,7 +58,7 @@ def imitators(tmp_path_factory, tiny_folder):
     for i in range(3):
         folder = tmp_path_factory.mktemp(f"imitator{i}")
         params = jax.tree.map(lambda x: 4 * x if x.ndim > 1 else x, decoder.init(shapes, jax.random.key(i)))
-        weights.save(folder, shapes, params)
+        weights.save(folder, families.llama_settings(shapes), params)
         (folder / "tokenizer.json").write_bytes((tiny_folder / "tokenizer.json").read_bytes())
         folders.append(str(folder))
     return folders

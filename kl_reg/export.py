@@ -1,0 +1,161 @@
+"""A member of a run as a folder that other libraries load, with its model card."""
+from __future__ import annotations
+
+import json
+import pathlib
+import tempfile
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kl_reg import card, runs
+from kl_reg import config as configs
+from kl_reg.kl import budget
+from kl_reg.models import export as files
+from kl_reg.models import folders, policy, quantize, weights
+from kl_reg.models.actor import Situation
+from kl_reg.training import step, sweep
+from kl_reg.types import Sampling
+
+
+class Exported(NamedTuple):
+    """What was written: "model", "adapter" or "head", where, and Python that loads it and lets it write."""
+
+    kind: str
+    folder: pathlib.Path
+    snippet: str
+
+
+def export(name: str, out: pathlib.Path, iteration: int | None = None, *, adapter: bool = False,
+           with_base: bool = False, proposal: bool = False, dtype: str | None = None) -> Exported:
+    """Writes `out`, which appears whole or not at all.
+
+    Args:
+        name: RUN[:MEMBER][@ITERATION]; the member may be left out where there is one, the iteration for the last.
+        iteration: the same as in `name`.
+        adapter: of a lora, a PEFT adapter in place of merged weights.
+        with_base: of a head, a copy of the base too.
+        proposal: of a member with a hard budget, the untilted proposal, which no budget holds.
+        dtype: of what is written (of a head: of its base), "float32" or "bfloat16"; None: the run's.
+
+    Raises:
+        FileExistsError: `out` is there.
+        FileNotFoundError: the checkpoint or the base is not.
+        ValueError: `name` names no member, or a choice makes no sense for it; it cannot be a folder: its proposal is
+            tilted by a hard budget, its head changes another model than the base, its matrices have no adapter.
+    """
+    if out.exists():
+        raise FileExistsError(f"{out} is there already; choose another --out, or remove it")
+    address, config = _chosen(name, iteration)
+    kind = _kind(f"{address.workdir}:{address.member}", config, adapter, with_base, proposal)
+    dtype = config.model.dtype if dtype is None else dtype
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"--dtype={dtype}: choose float32 or bfloat16")
+    member = runs.load(address.workdir, address.iteration)[address.member]
+    base = folders.find(config.model.path)
+    stored, digest = json.loads((address.workdir / "config.json").read_text()), folders.digest(base)
+    if "base" in stored and stored["base"] != digest:
+        raise ValueError(f"{address.workdir}: the run was trained on another model than the one that is in {base} now")
+    facts = card.Facts(address, member, stored["fingerprint"], digest, kind, proposal, base)
+    snippet = card.snippet(facts, out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
+        folder = pathlib.Path(scratch) / out.name
+        folder.mkdir()
+        if kind == "head":
+            _write_head(folder, member, base, dtype, None if with_base else digest)
+        else:
+            (_write_adapter if kind == "adapter" else _write_model)(folder, member, base, dtype)
+        (folder / "README.md").write_text(card.text(facts, snippet))
+        folder.rename(out)
+    return Exported(kind, out, snippet)
+
+
+def _chosen(name, iteration):
+    """The address, with its member, and that member's settings."""
+    address = runs.parse(name)
+    if address is None:
+        raise ValueError(f"{name!r} is no run as RUN[:MEMBER][@ITERATION]: there is no config.json of a run")
+    if None not in (iteration, address.iteration) and iteration != address.iteration:
+        raise ValueError(f"{name} with --step={iteration}: they name two checkpoints; give one of them")
+    config = runs.config_of(address.workdir)
+    rows = sweep.hyper_of(config)
+    number = 0 if address.member is None and len(rows) == 1 else address.member
+    if number is None or number >= len(rows):
+        known = "; ".join(f":{i} {', '.join(f'{key}={value}' for key, value in row.items() if value is not None)}"
+                          for i, row in enumerate(rows))
+        raise ValueError(f"{name}: name one of the run's members, as {address.workdir}:0; there are {known}")
+    address = address._replace(member=number, iteration=address.iteration if iteration is None else iteration)
+    return address, configs.override(config, configs.members(config)[number])
+
+
+def _kind(name, config, adapter, with_base, proposal) -> str:
+    """What becomes of this member; raises where it cannot be what was asked for."""
+    constrained = configs.split(config)[0].constrained
+    if config.policy.kind not in ("head", "lora", "full"):
+        raise ValueError(f"{name}: policy.kind={config.policy.kind!r} has no export; head, lora and full have")
+    if constrained and not proposal:
+        raise ValueError(f"{name} has a hard budget: each token is drawn from its proposal tilted towards the "
+                         "reference, as far as what its episode has spent demands, so no network alone is this policy; "
+                         "--proposal exports the untilted proposal, which no budget holds")
+    for option, given, sensible, what in (
+            ("--proposal", proposal, constrained, "a hard budget"),
+            ("--adapter", adapter, config.policy.kind == "lora", "policy.kind='lora'"),
+            ("--with-base", with_base, config.policy.kind == "head", "policy.kind='head'")):
+        if given and not sensible:
+            raise ValueError(f"{name}: {option} is for a member with {what}")
+    if config.model.quantize and (adapter or config.policy.kind == "head" and not with_base):
+        raise ValueError(f"{name} was trained on a base with model.quantize={config.model.quantize!r}, not on the "
+                         "one in model.path: merge the adapter (without --adapter); give a head its base (--with-base)")
+    if config.policy.kind != "head":
+        return "adapter" if adapter else "model"
+    own = [path for path in config.reference.paths if not runs.parse(path)]
+    if own:
+        raise ValueError(f"{name} is a head on reference.name={config.reference.name!r}: its logits are a change of "
+                         f"those of {', '.join(own)}; only a change of the base's can be exported")
+    return "head"
+
+
+def _write_model(folder, member, base, dtype):
+    config, params = member.config, member.params
+    if config.policy.kind == "lora":
+        wide = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, dtype)), _frozen(config))
+        merged = policy.merged(wide, params["adapter"], config.policy.alpha / config.policy.rank)
+    else:
+        merged = params["trunk"]
+    files.model(folder, base, merged, dtype, Sampling(**config.sampling))
+
+
+def _write_adapter(folder, member, base, dtype):
+    config = member.config
+    files.adapter(folder, base, files.origin(config.model.path, base), member.params["adapter"],
+                  config.policy.rank, config.policy.alpha, dtype)
+
+
+def _write_head(folder, member, base, dtype, digest):
+    """`digest` of the base in its place; None: a copy of it goes into the folder."""
+    config = member.config
+    if digest is None:
+        files.model(folder / "base", base, _frozen(config), dtype, None)
+        place, digest = files.Origin("base", None), folders.digest(folder / "base")
+    else:
+        place = files.origin(config.model.path, base)
+    files.head(folder, base, member.params["actor"], {
+        "base": {"path": place.path, "revision": place.revision, "digest": digest}, "dtype": dtype,
+        "layers": config.policy.layers, "length": config.env.length, "temperature": config.sampling.temperature,
+        "budget": _untouched(config)})
+
+
+def _frozen(config):
+    """The base's parameters as the run has read them; int8 matrices as the numbers that they stand for."""
+    params = weights.load(config.model.path, config.model.dtype).params
+    return files.as_floats(quantize.quantize(params)) if config.model.quantize else params
+
+
+def _untouched(config):
+    """What a head sees of its budget at the first token, before anything is spent; zeros without one."""
+    caps = step.caps_of(configs.split(config)[1])
+    ledger = budget.enter(budget.open_ledger(()), jnp.int32(0))
+    left = budget.left(caps, ledger, config.kl.carry)
+    return Situation(left, budget.part_left(caps, ledger, left), jnp.float32(0)).inputs()[:2].tolist()

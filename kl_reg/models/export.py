@@ -1,0 +1,157 @@
+"""Policies as files that other libraries load: a Hugging Face folder, a PEFT adapter, a head with a PyTorch loader."""
+from __future__ import annotations
+
+import json
+import pathlib
+import shutil
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors.flax import save_file
+
+from kl_reg.models import configuration, families, folders, sources, weights
+from kl_reg.types import Sampling
+
+LOADER = pathlib.Path(__file__).with_name("head_policy.py")
+_NO_TEXT = ("config.json", "generation_config.json", "*.safetensors", sources.INDEX)
+_TOKENIZER = tuple(name for name in folders.HUB_FILES if name not in _NO_TEXT)
+
+
+class Origin(NamedTuple):
+    """Where transformers finds a base: a folder (revision None), or a name on the hub with its commit."""
+
+    path: str
+    revision: str | None
+
+
+def origin(path: str, folder: pathlib.Path) -> Origin:
+    """Of the model that `path` names and that lies in `folder`.
+
+    Raises:
+        ValueError: transformers does not load it as it lies there.
+    """
+    if sources.weight_files(folder)[0].suffix == ".gguf":
+        raise ValueError(f"{folder} has its weights in a GGUF file, which transformers does not load as a base: merge "
+                         "the adapter (without --adapter); give a head a copy of the base (--with-base)")
+    if folders.settings(folder)["model_type"] == "gemma3":
+        raise ValueError(f"{folder} is a Gemma 3 with images, of which only the language model was trained: merge the "
+                         "adapter (without --adapter); give a head a copy of the base (--with-base)")
+    if folders.is_hub(path) and not pathlib.Path(path).is_dir():
+        return Origin(path.partition("@")[0], folder.name)      # the client names a snapshot by its commit
+    return Origin(str(folder.resolve()), None)
+
+
+def settings_of(found: dict) -> dict:
+    """A base's config.json as that of its language model, which is all that is read of a Gemma 3 with images; without
+    the dtype."""
+    if found["model_type"] == "gemma3":
+        text = configuration.parse(found, families.FAMILIES).text_config.to_dict()
+        found = text | {"architectures": ["Gemma3ForCausalLM"]}
+    return {key: value for key, value in found.items() if key not in ("dtype", "torch_dtype")}
+
+
+def as_floats(params: dict) -> dict:
+    """Parameters without int8 (`quantize.quantize`): matrices times their scales, float32."""
+    flat = flatten_dict(params)
+    scales = {(*path[:-1], path[-1].removesuffix("_scale")): flat.pop(path)
+              for path in list(flat) if path[-1].endswith("_scale")}
+    return unflatten_dict({path: leaf * scales[path][..., None, :] if path in scales else leaf
+                           for path, leaf in flat.items()})
+
+
+def copy_tokenizer(source: pathlib.Path, folder: pathlib.Path) -> None:
+    """The tokenizer's files and the chat template, so that transformers' AutoTokenizer finds them in `folder`."""
+    for name in _TOKENIZER:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    if not (folder / "tokenizer_config.json").is_file() and (folder / "tokenizer.json").is_file():
+        _write(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
+
+
+def model(folder: pathlib.Path, source: pathlib.Path, params: dict, dtype: str, sampling: Sampling | None) -> None:
+    """A folder that transformers loads: weights, config.json, tokenizer and, of the base's generation_config.json, its
+    special tokens; the way of drawing is the run's.
+
+    Args:
+        source: the folder of the base.
+        params: as `weights.load` gives them.
+        sampling: its temperature is recorded, its truncations, which ask the reference, are not; None: as `source` has
+            it all.
+    """
+    weights.save(folder, settings_of(folders.settings(source)), params, dtype)
+    copy_tokenizer(source, folder)
+    file = source / "generation_config.json"
+    known = json.loads(file.read_text()) if file.is_file() else {}
+    if sampling is not None:
+        known = {key: value for key, value in known.items() if key.endswith("_token_id")}
+        known |= drawing(sampling)
+    if known:
+        _write(folder / "generation_config.json", known)
+
+
+def drawing(sampling: Sampling) -> dict:
+    """What `generate` of transformers is to be told: without `top_k` it would keep 50 tokens."""
+    return {"do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": 1.0}
+
+
+def adapter(folder: pathlib.Path, source: pathlib.Path, base: Origin, low: dict, rank: int, alpha: float,
+            dtype: str) -> None:
+    """The folder of a PEFT adapter.
+
+    Args:
+        source: the folder of the base.
+        low: {"query": {"a": [layers, d, r], "b": [layers, r, o]}, ...}.
+        alpha: changes are multiplied by alpha / rank.
+
+    Raises:
+        ValueError: the checkpoint holds an adapted matrix in one tensor with others, which has no LoRA of its own.
+    """
+    found = folders.settings(source)
+    config, family = families.read(found)
+    rules = {path: rule for rule in family.rules(config) for path in rule.ours}
+    keys = {name: rules[f"layers/{name}/kernel"] for name in low}
+    fused = {rule.theirs.removesuffix(".weight"): rule.ours for rule in keys.values() if len(rule.ours) > 1}
+    if fused:
+        text = "; ".join(f"{key} holds {', '.join(path.split('/')[1] for path in paths)}"
+                         for key, paths in fused.items())
+        raise ValueError(f"--adapter: {found['model_type']} keeps several adapted matrices in one ({text}), so they "
+                         "have no adapter of their own; merge it (without --adapter)")
+    tensors, modules = {}, []
+    for name, rule in keys.items():
+        key = rule.theirs.removesuffix(".weight")
+        modules.append(key.partition("{i}.")[2])
+        for i, (a, b) in enumerate(zip(low[name]["a"], low[name]["b"], strict=True)):
+            for side, value in (("A", a), ("B", b)):
+                tensors[f"base_model.model.{key.format(i=i)}.lora_{side}.weight"] = jnp.asarray(value.T, dtype)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    _write(folder / "adapter_config.json", {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base.path, "revision": base.revision,
+        "r": rank, "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none", "target_modules": modules,
+        "fan_in_fan_out": found["model_type"] == "gpt2",        # whose matrices are [in, out]
+        "inference_mode": True})
+
+
+def head(folder: pathlib.Path, source: pathlib.Path, actor: dict, settings: dict) -> None:
+    """head.safetensors, head.json, the loader and the tokenizer.
+
+    Args:
+        source: the folder of the base.
+        actor: parameters of `actor.Actor`.
+        settings: what head.json says beside the name of the norm and the size of the head.
+    """
+    config, family = families.read(settings_of(folders.settings(source)))
+    (norm,) = (rule.theirs for rule in family.rules(config) if rule.ours == ("norm/scale",))
+    tensors = {"hidden.weight": actor["hidden"]["kernel"].T, "hidden.bias": actor["hidden"]["bias"],
+               "change.weight": actor["change"]["kernel"].T}
+    save_file({key: jnp.asarray(value, jnp.float32) for key, value in tensors.items()}, folder / "head.safetensors",
+              metadata={"format": "pt"})
+    _write(folder / "head.json", settings | {"norm": norm.removesuffix(".weight"),
+                                             "hidden": int(np.size(actor["hidden"]["bias"]))})
+    shutil.copyfile(LOADER, folder / LOADER.name)
+    copy_tokenizer(source, folder)
+
+
+def _write(file, content):
+    file.write_text(json.dumps(content, indent=2) + "\n")

