@@ -26,6 +26,6 @@ def get_config():
     config.env.markers = "written"
     config.env.length = 256
     config.kl.budget = 10.0
-    config.rl.episodes, config.rl.iterations = 16, 40
+    config.rl.episodes, config.rl.iterations = 16, 25
     config.evaluation.episodes = 64
     return config

@@ -1,6 +1,7 @@
 """One training step as pure functions: score recorded episodes with new parameters, and update."""
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -53,7 +54,6 @@ def score(program, params, memory, frozen: Frozen, episodes: Episodes, caps: Cap
     width, rows = episodes.transcript.tokens.shape[1] - program.env.length, episodes.mask.shape[0]
     caps = jax.tree.map(lambda x: jnp.broadcast_to(x, (rows,)), caps)
 
-    @jax.checkpoint
     def read(ledger, features, seen, kept, slot, turn, action, part, mask):
         ledger = budget.enter(ledger, jnp.where(mask, turn, ledger.turn))
         left = budget.left(caps, ledger, program.carry)
@@ -71,6 +71,8 @@ def score(program, params, memory, frozen: Frozen, episodes: Episodes, caps: Cap
                                      action, part)
         return budget.charge(ledger, cost, mask), jax.tree.map(lambda x: jnp.where(mask, x, 0.0), scores)
 
+    # Around the `cond`: inside it, all that `read` closes over, the unembedding too, would be kept for each position.
+    @partial(jax.checkpoint, prevent_cse=False)
     def position(ledger, xs):
         index, *xs = xs
         zero = jnp.zeros(rows)

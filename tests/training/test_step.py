@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from kl_reg import advantages, losses, rollout
 from kl_reg import config as configs
@@ -306,3 +307,22 @@ def test_gradients_are_clipped_to_the_norm(group, usual):
     for part in (0.1, 2.0):
         clipped = gradient(group.program._replace(max_grad_norm=part * float(norm)), group)
         assert_close(clipped, jax.tree.map(lambda x, part=part: min(part, 1.0) * x, usual), 1e-4)
+
+
+def test_nothing_is_kept_of_the_unembedding_for_each_position(group):
+    """What the scan over positions closes over is no residual of it: of a real vocabulary that would be gigabytes."""
+    update = programs.compile_program(group.program._replace(optimizer=SGD)).update
+    jaxpr = jax.make_jaxpr(update)(fresh(group, SGD), group.hyper, group.frozen, group.episodes, group.rewards)
+    kept = (group.rewards.shape[-1], *group.frozen.base["embed"].shape)
+    shapes = {var.aval.shape for inner in every_jaxpr(jaxpr.jaxpr) for eqn in inner.eqns for var in eqn.outvars}
+    assert kept[1:] in {x.shape for x in jax.tree.leaves(group.frozen)} and (3, 6, 300) in shapes
+    assert kept not in shapes
+
+
+def every_jaxpr(jaxpr):
+    """It, and those inside it."""
+    yield jaxpr
+    params = [param for eqn in jaxpr.eqns for param in jax.tree.leaves(list(eqn.params.values()))]
+    for inner in params:
+        if isinstance(inner, ClosedJaxpr | Jaxpr):
+            yield from every_jaxpr(inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner)
