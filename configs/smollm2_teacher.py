@@ -3,8 +3,9 @@
     python -m launch.fetch smollm2
     python -m launch.train --config=configs/smollm2_teacher.py --workdir=runs/smollm2
 
-The agent is the teacher, the model itself the student; whoever has the turn also writes the speaker markers. Runs on a
-CPU.
+The agent is the teacher, the model itself the student; whoever has the turn also writes the speaker markers. On two
+cores an iteration takes 65 to 80 seconds (about 60 tokens a second, update included), the whole half an hour. That
+is little training: after three iterations the return has gone from 0.15 to 0.7 (16 episodes each, ± 0.2) for 3 nats.
 """
 from kl_reg.config import default
 

@@ -29,12 +29,14 @@ class Facts(NamedTuple):
 
 _START = {
     "model": '''\
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
 ''',
     "adapter": '''\
+import torch
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer
 
@@ -54,12 +56,12 @@ policy = head_policy.load(folder)
 '''}
 
 _WRITE = '''\
-prompt = tokenizer({prompt!r}, add_special_tokens=False, return_tensors="pt").input_ids
+prompt = torch.tensor([{ids}])       # {text!r}
 said = model.generate(prompt, max_new_tokens={length}, stop_strings=[{end!r}], tokenizer=tokenizer{drawing})[0]
 print(tokenizer.decode(said))
 '''
 _WRITE_HEAD = '''\
-prompt = tokenizer({prompt!r}, add_special_tokens=False).input_ids
+prompt = {ids}      # {text!r}
 said = policy.generate(prompt, opening=len(prompt), stop=lambda said: {end!r} in tokenizer.decode(said))
 print(tokenizer.decode(prompt + said))
 '''
@@ -68,12 +70,13 @@ print(tokenizer.decode(prompt + said))
 def snippet(facts: Facts, out: pathlib.Path) -> str:
     """Python that loads the export in `out` and lets the agent write its first turn."""
     config = facts.member.config
-    words = tokenizer.load(facts.folder)
-    prompt = tokenizer.decode(words, tokenizer.opening(words, config.env.opening)) + config.env.teacher
+    env, words = config.env, tokenizer.load(facts.folder)
+    ids = tokenizer.opening(words, env.opening + env.teacher)       # other libraries may tokenise the text otherwise
     drawing = files.drawing(Sampling(**config.sampling)) if facts.kind == "adapter" else {}
     write = _WRITE_HEAD if facts.kind == "head" else _WRITE
     return f"folder = {str(out)!r}\n" + _START[facts.kind].format(dtype=config.model.dtype) + write.format(
-        prompt=prompt, length=config.env.length, end=config.env.end,
+        ids=ids, text=tokenizer.decode(words, ids), length=env.length,
+        end=env.end + env.student if env.markers == "written" else env.end,
         drawing="".join(f", {key}={value!r}" for key, value in drawing.items()))
 
 

@@ -32,20 +32,9 @@ def default() -> ConfigDict:
     config.sweep = []                     # a union of grids: [{"kl.coef": (0.0, 0.1), "seed": (0, 1)}, ...]
 
     config.model = ConfigDict()
-    config.model.path = "embedded"        # or a folder: config.json, model.safetensors, tokenizer.json
+    config.model.path = "embedded"        # or a packaged model, a folder, or a model of the hub: docs/models.md
     config.model.dtype = "float32"        # of parameters and activations; KL and losses are float32
     config.model.quantize = ""            # "int8": the matrices of the frozen base model's layers
-
-    config.policy = ConfigDict()
-    config.policy.kind = "head"           # "head": on the frozen trunk; "lora": low-rank changes; "full": all weights
-    config.policy.layers = 3              # last hidden layers that a head reads
-    config.policy.hidden = 128
-    config.policy.rank = 8                # of "lora"
-    config.policy.alpha = 16.0            # of "lora": changes are multiplied by alpha / rank
-    config.policy.targets = ".*"          # of "lora": the layers that change, a regular expression; ".*": all of
-    #                                       query, key, value, out, gate, up, down that the model has
-    config.policy.spend_init = 0.05       # part of the remaining budget that a token may spend at first
-    config.policy.spend_levels = 16       # of kl.spend="sampled": parts are multiples of one over this
 
     config.env = ConfigDict()
     config.env.name = "teacher_student"
@@ -64,7 +53,7 @@ def default() -> ConfigDict:
     config.reward.path = ""               # of "classifier": a folder or a hub name
     config.reward.label = ""              # whose probability is the reward; "": the positive one
 
-    config.kl, config.reference, config.sampling = _kl(), _reference(), _sampling()
+    config.policy, config.kl, config.reference, config.sampling = _policy(), _kl(), _reference(), _sampling()
 
     config.rl = ConfigDict()
     config.rl.loss = "ppo_clip"
@@ -97,6 +86,21 @@ def default() -> ConfigDict:
     config.log.tensorboard = True
     config.log.groups = {}                # KL of tokens by their text: name -> regular expression that is found in it
     return config.lock()
+
+
+def _policy():
+    """What is trained."""
+    policy = ConfigDict()
+    policy.kind = "head"           # "head": on the frozen trunk; "lora": low-rank changes; "full": all weights
+    policy.layers = 3              # last hidden layers that a head reads
+    policy.hidden = 128
+    policy.rank = 8                # of "lora"
+    policy.alpha = 16.0            # of "lora": changes are multiplied by alpha / rank
+    policy.targets = ".*"          # of "lora": the layers that change, a regular expression; ".*": all of
+    #                                       query, key, value, out, gate, up, down that the model has
+    policy.spend_init = 0.05       # part of the remaining budget that a token may spend at first
+    policy.spend_levels = 16       # of kl.spend="sampled": parts are multiples of one over this
+    return policy
 
 
 def _kl():

@@ -54,19 +54,25 @@ def export(name: str, out: pathlib.Path, iteration: int | None = None, *, adapte
         raise ValueError(f"--dtype={dtype}: choose float32 or bfloat16")
     member = runs.load(address.workdir, address.iteration)[address.member]
     base = folders.find(config.model.path)
-    stored, digest = json.loads((address.workdir / "config.json").read_text()), folders.digest(base)
-    if "base" in stored and stored["base"] != digest:
-        raise ValueError(f"{address.workdir}: the run was trained on another model than the one that is in {base} now")
-    facts = card.Facts(address, member, stored["fingerprint"], digest, kind, proposal, base)
+    digest = runs.check_base(address.workdir, base)
+    place = None
+    if kind == "adapter" or kind == "head" and not with_base:
+        place = files.origin(config.model.path, base)
+    if kind == "adapter":
+        files.adapted(base, member.params["adapter"])       # raises before anything is written
+    fingerprint = json.loads((address.workdir / "config.json").read_text())["fingerprint"]
+    facts = card.Facts(address, member, fingerprint, digest, kind, proposal, base)
     snippet = card.snippet(facts, out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
         folder = pathlib.Path(scratch) / out.name
         folder.mkdir()
         if kind == "head":
-            _write_head(folder, member, base, dtype, None if with_base else digest)
+            _write_head(folder, member, base, dtype, place, digest)
+        elif kind == "adapter":
+            files.adapter(folder, base, place, member.params["adapter"], config.policy.rank, config.policy.alpha, dtype)
         else:
-            (_write_adapter if kind == "adapter" else _write_model)(folder, member, base, dtype)
+            _write_model(folder, member, base, dtype)
         (folder / "README.md").write_text(card.text(facts, snippet))
         folder.rename(out)
     return Exported(kind, out, snippet)
@@ -127,20 +133,12 @@ def _write_model(folder, member, base, dtype):
     files.model(folder, base, merged, dtype, Sampling(**config.sampling))
 
 
-def _write_adapter(folder, member, base, dtype):
+def _write_head(folder, member, base, dtype, place, digest):
+    """`place` of the base, with this digest; None: a copy of it goes into the folder."""
     config = member.config
-    files.adapter(folder, base, files.origin(config.model.path, base), member.params["adapter"],
-                  config.policy.rank, config.policy.alpha, dtype)
-
-
-def _write_head(folder, member, base, dtype, digest):
-    """`digest` of the base in its place; None: a copy of it goes into the folder."""
-    config = member.config
-    if digest is None:
+    if place is None:
         files.model(folder / "base", base, _frozen(config), dtype, None)
         place, digest = files.Origin("base", None), folders.digest(folder / "base")
-    else:
-        place = files.origin(config.model.path, base)
     files.head(folder, base, member.params["actor"], {
         "base": {"path": place.path, "revision": place.revision, "digest": digest}, "dtype": dtype,
         "layers": config.policy.layers, "length": config.env.length, "temperature": config.sampling.temperature,

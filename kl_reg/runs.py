@@ -13,6 +13,7 @@ import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
 from kl_reg import config as configs
+from kl_reg.models import folders
 
 
 class Member(NamedTuple):
@@ -55,6 +56,18 @@ def config_of(workdir: pathlib.Path) -> ConfigDict:
     with config.ignore_type():
         config.update_from_flattened_dict(stored)
     return config
+
+
+def check_base(workdir: pathlib.Path, folder: pathlib.Path) -> str:
+    """The digest of the model in `folder`, on which the run was trained.
+
+    Raises:
+        ValueError: it was trained on another one.
+    """
+    stored, digest = json.loads((workdir / "config.json").read_text()), folders.digest(folder)
+    if "base" in stored and stored["base"] != digest:       # one that was written by hand may lack it
+        raise ValueError(f"{workdir}: the run was trained on another model than the one that is in {folder} now")
+    return digest
 
 
 def iterations(workdir: pathlib.Path) -> list[int]:

@@ -59,33 +59,45 @@ def _validate_member(config):
         raise ValueError(f"seed={config.seed} must be less than 2**31")
     if config.model.dtype not in ("float32", "bfloat16"):
         raise ValueError(f"model.dtype={config.model.dtype!r}: choose 'float32' or 'bfloat16'")
-    if config.policy.kind == "full" and config.model.dtype != "float32":
-        raise ValueError("policy.kind='full' with model.dtype='bfloat16': updates are smaller than a weight's "
-                         "resolution; use model.dtype='float32'")
     if config.model.quantize not in ("", "int8"):
         raise ValueError(f"model.quantize={config.model.quantize!r}: choose '' or 'int8'")
-    if config.policy.kind == "full" and config.model.quantize:
-        raise ValueError(f"policy.kind='full' with model.quantize={config.model.quantize!r}: weights that are int8 "
-                         "cannot be finetuned; use policy.kind='lora' or 'head'")
-    if not 0 < config.policy.spend_init < 1:
-        raise ValueError(f"policy.spend_init={config.policy.spend_init!r} must lie strictly between 0 and 1")
     if config.rl.episodes % config.rl.minibatches:
         raise ValueError(f"rl.episodes={config.rl.episodes} must be a multiple of "
                          f"rl.minibatches={config.rl.minibatches}")
+    _validate_policy(config)
     _validate_kl(config, values, given)
     _validate_sampling(config)
     _validate_reference(config)
-    for registry, name in ((policy.POLICIES, config.policy.kind), (losses.LOSSES, config.rl.loss),
-                           (advantages.ADVANTAGES, config.rl.advantage), (envs.ENVIRONMENTS, config.env.name)):
+    for registry, name in ((losses.LOSSES, config.rl.loss), (advantages.ADVANTAGES, config.rl.advantage),
+                           (envs.ENVIRONMENTS, config.env.name)):
         registry[name]  # noqa: B018 - raises for an unknown name
     rewards.check(config.reward)
     shapes = weights.load_config(config.model.path, config.model.dtype)
     if config.policy.kind == "lora":
         policy.adaptable(shapes, config.policy.targets)
-    if config.policy.layers > shapes.layers:
+    if config.policy.kind == "head" and config.policy.layers > shapes.layers:
         raise ValueError(f"policy.layers={config.policy.layers}: the model has {shapes.layers} layers")
     if config.env.length > shapes.max_position:
         raise ValueError(f"env.length={config.env.length}: longer than the model's context of {shapes.max_position}")
+
+
+def _validate_policy(config):
+    settings = config.policy
+    policy.POLICIES[settings.kind]  # noqa: B018 - raises for an unknown name
+    if settings.kind == "full" and config.model.dtype != "float32":
+        raise ValueError("policy.kind='full' with model.dtype='bfloat16': updates are smaller than a weight's "
+                         "resolution; use model.dtype='float32'")
+    if settings.kind == "full" and config.model.quantize:
+        raise ValueError(f"policy.kind='full' with model.quantize={config.model.quantize!r}: weights that are int8 "
+                         "cannot be finetuned; use policy.kind='lora' or 'head'")
+    if not 0 < settings.spend_init < 1:
+        raise ValueError(f"policy.spend_init={settings.spend_init!r} must lie strictly between 0 and 1")
+    if settings.kind == "lora" and settings.alpha == 0:
+        raise ValueError(f"policy.alpha={settings.alpha!r} must be positive for policy.kind='lora'")
+    for name in ("rank", "alpha", "targets"):
+        if settings.kind != "lora" and settings[name] != default().policy[name]:
+            raise ValueError(f"policy.{name}={settings[name]!r} has no effect with policy.kind={settings.kind!r}; it "
+                             "is of policy.kind='lora'")
 
 
 def _validate_kl(config, values, given):

@@ -23,8 +23,23 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
+def text(value: str) -> str:
+    r"""A text from the command line, in which \n is a line break."""
+    return value.replace("\\n", "\n")
+
+
+def check_whole(args: argparse.Namespace, **lowest: int) -> None:
+    """Raises on an option that is given and no whole number from its lowest to 2^31 - 1."""
+    for name, low in lowest.items():
+        value = getattr(args, name)
+        if value is not None and not low <= value < 2**31:
+            raise ValueError(f"--{name} {value} must be a whole number from {low} to 2^31 - 1")
+
+
 def parse(argv):
     """absl's flag parser; an unknown setting or a missing file of --config is one line and exit status 2."""
+    if "--help" in argv:
+        app.usage(shorthelp=True, writeto_stdout=True, exitcode=0)      # by itself absl ends it with 1
     try:
         return app.parse_flags_with_usage(argv)
     except (AttributeError, KeyError) as error:

@@ -7,7 +7,7 @@ token of the agent, per token and per episode, by position and by turn.
     python -m launch.compare base my-model --on held_out
 
 A and B are each `base` (the base of the other side's run), a run as RUN[:MEMBER][@ITERATION] (every member, the last
-checkpoint), or a model folder. docs/compare.md says which of the numbers is the KL of whole episodes.
+checkpoint), or a model as in model.path. docs/compare.md says which of the numbers is the KL of whole episodes.
 """
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from launch import command
 
 def _arguments(argv):
     parser = command.Parser("compare", __doc__)
-    parser.add_argument("a", metavar="A", help="base, RUN[:MEMBER][@ITERATION] or a model folder")
+    parser.add_argument("a", metavar="A", help="base, RUN[:MEMBER][@ITERATION] or a model as in model.path")
     parser.add_argument("b", metavar="B", help="the same")
     parser.add_argument("--on", choices=("A", "B", "held_out"),
                         help="the transcripts: sampled by that side, or held-out human conversations as they are "

@@ -21,14 +21,10 @@ OPENING = ("Good morning. How are you today?", "I'm fine, thank you. How are you
 SCRIPTS = ("", "Good.", "...")      # and random letters, as many as in "Good."
 
 
-def _text(value):
-    return value.replace("\\n", "\n")
-
-
 def _arguments(argv):
     parser = command.Parser("price", __doc__)
     parser.add_argument("--model", required=True, help="a model as in model.path")
-    parser.add_argument("--script", action="append", type=_text, metavar="TEXT",
+    parser.add_argument("--script", action="append", type=command.text, metavar="TEXT",
                         help="what the teacher says; may be given several times (default: nothing, 'Good.', '...' and "
                         "five random letters)")
     parser.add_argument("--turns", type=int, default=10, help="scripted turns of an episode")
@@ -36,12 +32,14 @@ def _arguments(argv):
     parser.add_argument("--max-reply", type=int, default=48, metavar="TOKENS",
                         help="where a student's reply is cut (default: 48)")
     opening = parser.add_mutually_exclusive_group()
-    opening.add_argument("--opening", type=_text, metavar="TEXT",
+    opening.add_argument("--opening", type=command.text, metavar="TEXT",
                          help="the transcript before the first scripted turn (default: four turns of small talk)")
     opening.add_argument("--opening-file", type=pathlib.Path, metavar="FILE")
-    parser.add_argument("--teacher", type=_text, default=" Teacher:", metavar="MARKER", help="(default: ' Teacher:')")
-    parser.add_argument("--student", type=_text, default=" Student:", metavar="MARKER", help="(default: ' Student:')")
-    parser.add_argument("--end", type=_text, default="\n", metavar="MARKER", help=r"of a turn (default: '\n')")
+    parser.add_argument("--teacher", type=command.text, default=" Teacher:", metavar="MARKER",
+                        help="(default: ' Teacher:')")
+    parser.add_argument("--student", type=command.text, default=" Student:", metavar="MARKER",
+                        help="(default: ' Student:')")
+    parser.add_argument("--end", type=command.text, default="\n", metavar="MARKER", help=r"of a turn (default: '\n')")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=32, help="transcripts sampled at a time (default: 32)")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("price"), metavar="DIR",
@@ -55,6 +53,7 @@ def main(argv=None):
 
 def _run(argv):
     args = _arguments(argv)
+    command.check_whole(args, seed=0)
     from kl_reg.analysis import price, price_figure
     from kl_reg.models import tokenizer, weights
 
@@ -62,15 +61,15 @@ def _run(argv):
     opening = _opening(args, dialogue)
     scripts = args.script or [*SCRIPTS, price.random_letters(len("Good."), args.seed)]
     model = weights.load(args.model)
+    args.out.mkdir(parents=True, exist_ok=True)
     prices = price.price_of_script(model, [opening], scripts, args.turns, args.episodes, args.seed, dialogue,
                                    args.max_reply, args.batch)
     report = {"model": args.model, **dialogue._asdict(), "opening": opening, "turns": args.turns, "seed": args.seed,
               "max_reply": args.max_reply, "scripts": price.report(prices, tokenizer.load(model.folder))}
-    args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "price.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
+    _print(report)
     title = f"{args.model}: the teacher says the same in every turn, the student samples; {args.episodes} episodes"
     figure = price_figure.draw(report["scripts"], title, args.out / "price.png")
-    _print(report)
     print(f"\nnumbers  {args.out / 'price.json'}\nfigure   {figure}")
 
 

@@ -29,7 +29,7 @@ _HELP = """Type what the student says; an empty line is an empty reply.
 def _arguments(argv):
     parser = command.Parser("sample", __doc__)
     parser.add_argument("policy", metavar="POLICY", help="RUN[:MEMBER][@ITERATION], or a model as in model.path")
-    parser.add_argument("--episodes", type=int, default=4)
+    parser.add_argument("--episodes", type=int, help="transcripts (default: 4)")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling; with that of a run's evaluation the "
                         "episodes are those of the evaluation")
     parser.add_argument("--openings", choices=("run", "held_out"), default="run",
@@ -42,9 +42,13 @@ def _arguments(argv):
     parser.add_argument("--talk", action="store_true", help="a conversation: you are the student")
     parser.add_argument("--chat", action="store_true", help="with --talk and a model: in the model's chat template")
     for name, where in _MARKERS.items():
-        parser.add_argument(f"--{name}", type=lambda text: text.replace("\\n", "\n"), metavar="TEXT",
+        parser.add_argument(f"--{name}", type=command.text, metavar="TEXT",
                             help=f"{where} (of a model; a run has its own)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.talk and args.episodes is not None:
+        parser.error("--talk is one conversation: leave --episodes out")
+    args.episodes = 4 if args.episodes is None else args.episodes
+    return args
 
 
 def main(argv=None):
@@ -64,7 +68,8 @@ def _run(argv):
 
     console = Console(highlight=False, markup=False, emoji=False)
     with console.status(f"reading {args.policy}"):
-        one = solo.open_policy(args.policy, args.openings, min(args.episodes, 32), changes)
+        one = solo.open_policy(args.policy, args.openings, min(args.episodes, 32), changes,
+                               None if args.chat else args.length)
         colour = args.colour or ("kl" if one.is_run else "surprisal")
         _check_policy(args, one, colour)
     (_talk if args.talk else _read)(console, args, one, colour)
@@ -72,10 +77,7 @@ def _run(argv):
 
 def _check(args, changes):
     """Raises on flags that make no sense together."""
-    for name, lowest in (("episodes", 1), ("length", 1), ("seed", 0)):
-        value = getattr(args, name)
-        if value is not None and not lowest <= value < 2**31:
-            raise ValueError(f"--{name} {value} must be a whole number from {lowest} to 2^31 - 1")
+    command.check_whole(args, episodes=1, length=1, seed=0)
     if args.chat and not args.talk:
         raise ValueError("--chat is a way to --talk: give both")
     if args.chat and (changes or args.openings != "run"):

@@ -4,6 +4,7 @@ import pathlib
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"     # shapes are tiny: it is compilation that tests wait for
 
 from jaxtyping import install_import_hook  # noqa: E402
 

@@ -3,8 +3,9 @@ import math
 
 import pytest
 
+from kl_reg import checkpoint, validation
 from kl_reg import config as configs
-from kl_reg import validation
+from kl_reg.training import loop
 from kl_reg.types import Hyper
 
 
@@ -114,10 +115,44 @@ def test_what_members_share_cannot_be_swept(config, key, value):
     ({"reference.name": "checkpoint", "reference.paths": ("nowhere",)}, "neither a run's member .* nor a model"),
     ({"reference.name": "ema", "kl.budget": 1.0}, "no budget holds"),
     ({"kl.estimator": "3"}, "ambiguous"), ({"model.dtype": "bf16"}, "'bfloat16'"),
-    ({"policy.kind": "full", "model.dtype": "bfloat16"}, "resolution"), ({"seed": 2**31}, "less than")])
+    ({"policy.kind": "full", "model.dtype": "bfloat16"}, "resolution"), ({"seed": 2**31}, "less than"),
+    ({"policy.kind": "lora", "policy.targets": "*"}, r"policy.targets='\*' is no regular expression"),
+    ({"policy.kind": "lora", "policy.alpha": 0.0}, "policy.alpha=0.0 must be positive"),
+    ({"policy.rank": 4}, "policy.rank=4 has no effect with policy.kind='head'"),
+    ({"policy.alpha": 8.0, "policy.kind": "full"}, "policy.alpha=8.0 has no effect"),
+    ({"policy.targets": "up"}, "policy.targets='up' has no effect")])
 def test_unsound_combinations_are_refused(config, changes, says):
     with pytest.raises((ValueError, FileNotFoundError), match=says):
         validation.validate(configs.override(config, changes))
+
+
+def test_only_a_head_reads_layers_and_only_lora_has_a_rank(config):
+    validation.validate(configs.override(config, {"policy.kind": "lora", "policy.layers": 9, "policy.rank": 4}))
+    config.sweep = [{"policy.rank": (8, 4)}]
+    with pytest.raises(ValueError, match="policy.rank=4 has no effect"):
+        validation.validate(config)
+
+
+def test_a_reward_function_needs_no_other_reward_and_its_run_can_be_configured_again(config, tmp_path, monkeypatch):
+    class Claimed(Exception):
+        """Raised where training would begin."""
+
+    def claim(workdir, resolved):
+        raise Claimed(resolved)
+
+    monkeypatch.setattr(checkpoint, "claim", claim)
+    config.reward.name, config.reward.path, config.reward.label = "classifier", "/nowhere", "positive"
+    with pytest.raises(Claimed) as stopped:
+        loop.train(config, reward_of_length, tmp_path)
+    assert config.reward.path == "/nowhere"                         # the caller's own
+    again = config.copy_and_resolve_references()
+    again.update(stopped.value.args[0]["config"])
+    assert again.reward.to_dict() == {"name": f"{__name__}.reward_of_length", "path": "", "label": ""}
+    validation.validate(again)
+
+
+def reward_of_length(prompts, completions, completion_ids, **columns):
+    return [float(len(completion)) for completion in completions]
 
 
 def test_the_fingerprint_knows_what_the_settings_only_name(config):

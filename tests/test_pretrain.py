@@ -143,7 +143,7 @@ def test_the_index_names_members_seeds_digests_and_losses(ensemble):
     for member in index["members"]:
         folder = ensemble / "ensemble" / member["folder"]
         sums = [hashlib.sha256((folder / name).read_bytes()).hexdigest()
-                for name in ("model.safetensors", "tokenizer.json")]
+                for name in ("model.safetensors", "tokenizer.json", "config.json")]
         assert member["digest"] == "-".join(sums)
         assert f"| {member['held_out_nats_per_token']:.3f} nats per token" in (folder / "README.md").read_text()
 

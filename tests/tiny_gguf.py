@@ -77,8 +77,8 @@ def write(file, architecture="llama", tied=True, tokenizer=None, extra=(), **set
     return weights
 
 
-def byte_level(writer, pre="gpt-2"):
-    """A byte-level BPE, trained here; the special tokens come first."""
+def byte_level(writer, pre="gpt-2", bos=False):
+    """A byte-level BPE, trained here; the special tokens come first. `bos` None: the file does not say whether."""
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trained.train_from_iterator(TEXTS, trainers.BpeTrainer(
@@ -95,7 +95,8 @@ def byte_level(writer, pre="gpt-2"):
     writer.add_eos_token_id(2)
     writer.add_unk_token_id(0)
     writer.add_pad_token_id(2)
-    writer.add_add_bos_token(pre == "llama-bpe")
+    if bos is not None:
+        writer.add_add_bos_token(bos)
     writer.add_chat_template(TEMPLATE)
     return len(tokens)
 

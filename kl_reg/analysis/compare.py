@@ -24,11 +24,11 @@ _BATCH = 32      # episodes that are sampled and read at a time
 
 def compare(first: str, second: str, on: str | None = None, episodes: int = 128, seed: int | None = None,
             openings: str = "held_out", steps: bool = False) -> dict:
-    """What `python -m launch.compare` reports, as docs/compare.md has it; each side is "base", an address or a folder.
+    """What `python -m launch.compare` reports, as docs/compare.md has it; each side is "base", an address or a model.
 
     Raises:
         ValueError: sides that cannot be compared, or a wrong setting.
-        FileNotFoundError: there is no such run, checkpoint or folder.
+        FileNotFoundError: there is no such checkpoint, or the model of a run lacks a file.
     """
     addresses = [runs.parse(name) for name in (first, second)]
     moving = next((i for i in (1, 0) if addresses[i]), None)
@@ -77,14 +77,10 @@ def _check(addresses, moving, on, episodes, seed, openings, steps):
 
 
 def sample(side: sides.Side, count: int, seed: int) -> dict[int, Transcript]:
-    """`count` episodes of each member, in the program's batches."""
+    """`count` episodes of each member."""
     shown = {}
     for team in side.teams:
-        keys = rollout.member_keys(jnp.full(len(team.numbers), seed), jnp.zeros(len(team.numbers), jnp.int32))
-        parts = [jax.device_get(team.sample(team.params, team.memory, team.hyper, team.frozen, keys,
-                                            jnp.full(len(team.numbers), first, jnp.int32)).transcript)
-                 for first in range(0, count, team.program.episodes)]
-        whole = jax.tree.map(lambda *x: np.concatenate(x, axis=1)[:, :count], *parts)
+        whole = sides.sample(team, count, seed).transcript
         shown |= {number: jax.tree.map(lambda x, i=i: x[i], whole) for i, number in enumerate(team.numbers)}
     return shown
 
@@ -101,7 +97,8 @@ def held_out(side: sides.Side, count: int, seed: int) -> Transcript:
         raise ValueError(f"--episodes {count}: there are {len(lines)} held-out conversations")
     env, env_settings, vocabulary = side.teams[0].program.env, side.config.env, tokenizer.load(side.model.folder)
     ids = {name: tokenizer.encode(vocabulary, env_settings[name]) for name in ("end", "teacher", "student")}
-    opening = tokenizer.opening(vocabulary, sides.special_tokens(vocabulary, env_settings.opening)) + ids["teacher"]
+    opening = tokenizer.opening(vocabulary, sides.special_tokens(vocabulary, env_settings.opening)
+                                + env_settings.teacher)
     tokens, lengths = np.zeros((count, len(opening) + env.length), np.int32), np.zeros(count, np.int32)
     tokens[:, :len(opening)] = opening
     for row, line in enumerate(np.random.default_rng(seed).permutation(lines)[:count]):
@@ -160,9 +157,14 @@ def _policy(side, number):
     """Which one a row is about."""
     if side.kind != "run":
         return {"member": None, "iteration": None, "setting": side.name, "hyper": {}}
-    setting, hyper = next((setting.label, member["hyper"]) for setting in settings_of(side.address.workdir)
-                          for member in setting.members if member["member"] == number)
-    return {"member": number, "iteration": side.iteration, "setting": setting, "hyper": hyper}
+    setting, hyper = setting_of(side.address.workdir, number)
+    return {"member": number, "iteration": side.iteration, "setting": setting.label, "hyper": hyper}
+
+
+def setting_of(workdir: pathlib.Path, number: int) -> tuple[Setting, dict]:
+    """The setting of a member of a run, and the member's own hyperparameters."""
+    return next((setting, row["hyper"]) for setting in settings_of(workdir) for row in setting.members
+                if row["member"] == number)
 
 
 def settings_of(workdir: pathlib.Path) -> list[Setting]:

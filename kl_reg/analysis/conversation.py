@@ -165,7 +165,8 @@ def as_student(settings: ConfigDict, env: Environment, words: Tokenizer, ends: f
             return len(ids), tokenizer.encode(words, said) + back
         return len(ids), tokenizer.encode(words, said + settings.end)
 
-    return Manners(env, "", f"{settings.student} ", False, ends, closing, say)
+    person = "> " if written else f"{settings.student} "       # written, the prefix is what the agent's turn ended with
+    return Manners(env, "", person, False, ends, closing, say)
 
 
 class _Silent(NamedTuple):

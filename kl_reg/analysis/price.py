@@ -92,9 +92,9 @@ def price_of_script(model: weights.Model, openings: Sequence[str], scripts: Sequ
     """
     _check({"turns": turns, "episodes": episodes, "batch": batch, "max_reply": max_reply}, openings, scripts, dialogue)
     tok = tokenizer.load(model.folder)
-    teacher, student, end = (_ids(tok, name, text) for name, text in dialogue._asdict().items())
+    teacher, student, end = (tokenizer.marker_ids(tok, name, text) for name, text in dialogue._asdict().items())
     own = [tokenizer.encode(tok, _words(script) + dialogue.end) for script in scripts]
-    opened, start = tokenizer.left_pad([tokenizer.opening(tok, text) + teacher for text in openings])
+    opened, start = tokenizer.left_pad([tokenizer.opening(tok, text + dialogue.teacher) for text in openings])
     between = 0 if max_reply is None else len(student) + max_reply + len(end) + len(teacher)
     length = _room(model, opened.shape[1], turns * max(map(len, own)) + (turns - 1) * between, max_reply)
     lines, finder = _lines(end, teacher, own, student), markers.finder(tok, dialogue.end)
@@ -135,13 +135,6 @@ def _check(counts, openings, scripts, dialogue):
     for script in scripts:
         if dialogue.end and dialogue.end in script:
             raise ValueError(f"script={script!r} holds the end of a turn, {dialogue.end!r}: a script is one turn")
-
-
-def _ids(tok, name, text):
-    ids = tokenizer.encode(tok, text)
-    if not ids:
-        raise ValueError(f"{name}={text!r} gives no tokens; it must be a non-empty string")
-    return ids
 
 
 def _room(model, opened, needed, max_reply):

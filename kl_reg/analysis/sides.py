@@ -1,24 +1,25 @@
-"""The two sides of a comparison: the base, members of a run, or a model folder."""
+"""The two sides of a comparison: the base, members of a run, or a model."""
 from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
 from kl_reg import config as configs
-from kl_reg import runs
-from kl_reg.models import decoder, folders, policy, quantize, reference, tokenizer, weights
+from kl_reg import rollout, runs
+from kl_reg.models import decoder, policy, quantize, reference, tokenizer, weights
 from kl_reg.models.actor import Situation
 from kl_reg.models.policy import Policy, Reading, TwinFeatures
 from kl_reg.training import program as programs
 from kl_reg.training import sweep
-from kl_reg.types import Frozen, Hyper
+from kl_reg.types import Episodes, Frozen, Hyper
 
 
 class Team(NamedTuple):
@@ -64,41 +65,51 @@ def open_sides(names: tuple[str, str], openings: str, batch: int) -> list[Side]:
     """Both sides, those of a run without parameters.
 
     Args:
-        names: "base", RUN[:MEMBER][@ITERATION] or a model folder, each.
+        names: "base", RUN[:MEMBER][@ITERATION] or a model as in `model.path`, each.
         openings: "run": a run's own; "held_out": of held-out conversations.
         batch: episodes that `sample` draws at a time, of each member.
 
     Raises:
         ValueError: a name that is nothing of these, or sides with different vocabularies.
-        FileNotFoundError: a model folder lacks a file.
+        FileNotFoundError: the model of a run lacks a file.
     """
-    addresses, sides = [runs.parse(name) for name in names], [None, None]
-    config = [runs.config_of(address.workdir) if address else None for address in addresses]
-    models = [_model(name, config[i], config[1 - i]) for i, name in enumerate(names)]
+    opened = {name: open_side(name, openings, batch, {}) for name in names if runs.parse(name)}
+    run = next(iter(opened.values()), None)
+    models = [opened[name].model if name in opened else run.model if run and name == "base" else
+              _model(name, run.config.model.dtype if run else "float32") for name in names]
     same_vocabulary(names, models)
-    for i, address in enumerate(addresses):
-        if address:
-            sides[i] = _open_run(names[i], address, config[i], models[i], openings, batch)
-    for i, address in enumerate(addresses):
-        if not address:
-            sides[i] = _open_model(names[i], models[i], sides[1 - i] if addresses[1 - i] else None, openings, batch)
-    return sides
+    return [opened[name] if name in opened else _open_model(name, model, run, openings, batch, {})
+            for name, model in zip(names, models, strict=True)]
 
 
-def _model(name, own, other):
-    """The model of a side: of its own run, of the other's for the base, or the folder itself."""
-    run = own or other
-    dtype = run.model.dtype if run else "float32"
-    if own or name == "base":
-        model = weights.load(run.model.path if run else "embedded", dtype)
-        if run and run.model.quantize:
-            return model._replace(params=quantize.quantize(model.params, donate=True))
-        return model
+def open_side(name: str, openings: str, batch: int, changes: Mapping[str, object]) -> Side:
+    """One side by itself: a run without parameters, or a model that plays both speakers in the default environment.
+
+    Args:
+        name, openings, batch: see `open_sides`; "base" is the embedded model.
+        changes: settings of `env` for a model.
+
+    Raises:
+        ValueError, FileNotFoundError: see `open_sides`.
+    """
+    address = runs.parse(name)
+    if address is None:
+        return _open_model(name, _model(name, "float32"), None, openings, batch, changes)
+    config = runs.config_of(address.workdir)
+    model = weights.load(config.model.path, config.model.dtype)
+    if config.model.quantize:
+        model = model._replace(params=quantize.quantize(model.params, donate=True))
+    return _open_run(name, address, config, model, openings, batch)
+
+
+def _model(name, dtype):
     try:
-        return weights.load(name, dtype)
+        return weights.load("embedded" if name == "base" else name, dtype)
     except FileNotFoundError as error:
         raise ValueError(f"{name!r} is neither 'base', nor a run as RUN[:MEMBER][@ITERATION] (there is no config.json "
                          f"of a run), nor a model: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 def same_vocabulary(names: tuple[str, str], models: Sequence[weights.Model]) -> None:
@@ -113,8 +124,7 @@ def same_vocabulary(names: tuple[str, str], models: Sequence[weights.Model]) -> 
 
 def _open_run(name, address, config, model, openings, batch):
     stored = json.loads((address.workdir / "config.json").read_text())
-    if "base" in stored and folders.digest(model.folder) != stored["base"]:
-        raise ValueError(f"{name}: the run was trained on another model than the one that is in {model.folder} now")
+    runs.check_base(address.workdir, model.folder)
     if openings == "held_out":
         _held_out_openings(config, model)
     numbers = list(range(len(configs.members(config))))
@@ -146,7 +156,7 @@ def _held_out_openings(config, model):
     env, vocabulary = config.env, tokenizer.load(model.folder)
     if env.openings != "held_out":
         env.opening, env.openings = special_tokens(vocabulary, env.opening), "held_out"
-        prefix = len(tokenizer.encode(vocabulary, env.teacher))
+        prefix = len(tokenizer.encode(vocabulary, env.end + env.teacher)) - len(tokenizer.encode(vocabulary, env.end))
         env.opening_tokens = min(env.opening_tokens, model.config.max_position - env.length - prefix)
 
 
@@ -157,8 +167,8 @@ def special_tokens(vocabulary: Tokenizer, text: str) -> str:
                                                                  tokenizer.encode(vocabulary, text))))
 
 
-def _open_model(name, model, run, openings, batch):
-    """The base, or a model folder. Against a run it plays the agent in the run's environment, whose student is the
+def _open_model(name, model, run, openings, batch, changes):
+    """The base, or another model. Against a run it plays the agent in the run's environment, whose student is the
     run's base, once for each way in which members sample; without one it plays both, in the default environment."""
     if run:
         config, base = run.config, run.model
@@ -166,9 +176,14 @@ def _open_model(name, model, run, openings, batch):
     else:
         config, base = configs.default(), model
         config.model.path = str(model.folder)
+        config.env.update(changes)
         if openings == "held_out":
-            _held_out_openings(config, model)
-        starts = {None: programs.build(configs.split(config)[0], model)}
+            _held_out_openings(config, model)       # in the room that `changes` leave
+            config.env.update(changes)              # with the opening that they name
+        try:
+            starts = {None: programs.build(configs.split(config)[0], model)}
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
     if run and name != "base":
         agent, params = in_place_of_agent(base.config, model.config), model.params
     else:                                                   # an untrained head changes nothing
@@ -228,6 +243,17 @@ def in_place_of_agent(config: decoder.DecoderConfig, other: decoder.DecoderConfi
         return Reading(logits, decoder.logits(other, params, features.policy) - logits, nothing, nothing)
 
     return Policy(None, prefill, decode, None, reread, read, relative=False, shared=False)
+
+
+def sample(team: Team, count: int, seed: int) -> Episodes:
+    """`count` episodes [members, count, ...]; with the seed of a run's evaluation, those of its evaluation."""
+    members, parts = len(team.numbers), []
+    keys = rollout.member_keys(jnp.full(members, seed), jnp.zeros(members, jnp.int32))
+    for first in range(0, count, team.program.episodes):
+        episodes = team.sample(team.params, team.memory, team.hyper, team.frozen, keys,
+                               jnp.full(members, first, jnp.int32))
+        parts.append(jax.device_get(episodes._replace(features=(), reference=(), kept=None)))
+    return jax.tree.map(lambda *x: np.concatenate(x, axis=1)[:, :count], *parts)
 
 
 def load(side: Side, iteration: int | None) -> Side:

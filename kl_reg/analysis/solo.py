@@ -7,15 +7,14 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 from ml_collections import ConfigDict
 
-from kl_reg import rewards, rollout, runs
+from kl_reg import config as configs
+from kl_reg import rewards, runs
 from kl_reg.analysis import compare, sides
 from kl_reg.analysis.sides import Side, Team
-from kl_reg.envs import ENVIRONMENTS
 from kl_reg.envs.teacher_student import Environment
 from kl_reg.models import folders, tokenizer, weights
 from kl_reg.rewards import replies
@@ -38,7 +37,8 @@ class Solo(NamedTuple):
     is_run: bool
 
 
-def open_policy(name: str, openings: str, batch: int, changes: Mapping[str, str]) -> Solo:
+def open_policy(name: str, openings: str, batch: int, changes: Mapping[str, str],
+                length: int | None = None) -> Solo:
     """A policy with its parameters, in its environment.
 
     Args:
@@ -46,22 +46,23 @@ def open_policy(name: str, openings: str, batch: int, changes: Mapping[str, str]
         openings: "run": the run's own; "held_out": of held-out conversations.
         batch: episodes that are sampled at a time.
         changes: settings of `env` for a model, whose transcripts begin with its start of text or an end marker.
+        length: of a model's episodes, tokens behind the opening; None: the default.
 
     Raises:
         ValueError: `name` is neither, or a run with several members; or a setting is wrong.
         FileNotFoundError: there is no such checkpoint.
     """
     address = runs.parse(name)
-    place = name if address else _folder(name)
-    side = sides.open_sides((place, place), openings, batch)[0]
     if not address:
-        words, env = tokenizer.load(side.model.folder), side.config.env
+        words, env = tokenizer.load(_folder(name)), configs.default().env
         start = sides.special_tokens(words, env.opening)        # the default one, where this model has it as a token
-        env.update({"opening": start if tokenizer.opening(words, start) else env.end} | changes)
-        env = ENVIRONMENTS[env.name](env, words)
-        return Solo(name, in_env(_alone(side, 0), env), side.model, side.config, False)
+        opening = start if tokenizer.opening(words, start) else env.end
+        settings = {"opening": opening, "length": env.length if length is None else length} | changes
+        side = sides.open_side(name, openings, batch, settings)
+        return Solo(name, _alone(side, 0), side.model, side.config, False)
     if changes:
         raise ValueError(f"{', '.join(f'env.{key}' for key in changes)}: {name} is a run and has its own")
+    side = sides.open_side(name, openings, batch, {})
     if len(side.numbers) > 1:
         choices = "; ".join(f"{setting.label}: {', '.join(str(row['member']) for row in setting.members)}"
                             for setting in compare.settings_of(address.workdir))
@@ -71,9 +72,9 @@ def open_policy(name: str, openings: str, batch: int, changes: Mapping[str, str]
 
 
 def _folder(name):
-    """Where a model is, as a side has it."""
+    """Where a model is."""
     try:
-        return str(folders.find(name))
+        return folders.find(name)
     except (FileNotFoundError, ValueError) as error:
         raise ValueError(f"{name!r} is no run as RUN[:MEMBER][@ITERATION] (there is no config.json of a run), and no "
                          f"model: {error}") from None
@@ -88,9 +89,8 @@ def _alone(side: Side, number: int) -> Team:
 
 def _title(side):
     number = side.numbers[0]
-    setting, row = next((setting, row) for setting in compare.settings_of(side.address.workdir)
-                        for row in setting.members if row["member"] == number)
-    return (f"{side.address.workdir}:{number}@{side.iteration} · {setting.label}, seed {row['hyper']['seed']} · "
+    setting, hyper = compare.setting_of(side.address.workdir, number)
+    return (f"{side.address.workdir}:{number}@{side.iteration} · {setting.label}, seed {hyper['seed']} · "
             f"reference: {setting.measured}")
 
 
@@ -110,12 +110,8 @@ def ends(folder: pathlib.Path) -> frozenset[int]:
 
 
 def sample(team: Team, count: int, seed: int) -> Episodes:
-    """`count` episodes [count, ...] of a team of one: with the seed of a run's evaluation, those of its evaluation."""
-    key, parts = rollout.member_keys(jnp.array([seed]), jnp.zeros(1, jnp.int32)), []
-    for first in range(0, count, team.program.episodes):
-        episodes = team.sample(team.params, team.memory, team.hyper, team.frozen, key, jnp.array([first]))
-        parts.append(jax.device_get(episodes._replace(features=(), reference=(), kept=None)))
-    return jax.tree.map(lambda *x: np.concatenate([part[0] for part in x])[:count], *parts)
+    """`count` episodes [count, ...] of a team of one (`sides.sample`)."""
+    return jax.tree.map(lambda x: x[0], sides.sample(team, count, seed))
 
 
 def at_slots(episodes: Episodes, nats: Float[np.ndarray, "b k"]) -> Float[np.ndarray, "b s"]:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.style import Style
 from rich.text import Text
 
-from kl_reg.analysis.transcripts import LEGEND, shade
+from kl_reg.analysis.transcripts import LEGEND, printable, shade
 from kl_reg.types import AGENT, FORCED, OPENING, PAD, STUDENT
 
 _FREE, _DEAREST = np.array([48, 48, 48]), np.array([226, 38, 30])      # white is readable on both, and on all between
@@ -28,7 +28,7 @@ def style(role: int, nats: float, ceiling: float) -> Style:
 def visible(piece: str, role: int) -> str:
     """What is shown of a token: characters that do not print as their code; of the agent's also line breaks (⏎) and
     where it gives only part of a character (◌)."""
-    shown = "".join(c if c.isprintable() or c == "\n" else f"\\u{{{ord(c):x}}}" for c in piece)
+    shown = printable(piece)
     return (shown.replace("\n", "⏎\n") or "◌") if role == AGENT else shown
 
 

@@ -23,10 +23,14 @@ font:13px/1.65 ui-monospace,Menlo,Consolas,monospace}
 """
 
 
+def printable(text: str) -> str:
+    """`text` with control, direction and zero-width characters as their code; newlines stay."""
+    return "".join(c if c.isprintable() or c == "\n" else f"\\u{{{ord(c):x}}}" for c in text)
+
+
 def visible(text: str) -> str:
-    """`text` escaped for HTML, newlines shown; control, direction and zero-width characters become their code."""
-    shown = "".join(c if c.isprintable() or c == "\n" else f"\\u{{{ord(c):x}}}" for c in text)
-    return html.escape(shown, quote=True).replace("\n", '<b class="nl">⏎</b>\n') or "◌"
+    """`printable(text)` escaped for HTML, newlines shown."""
+    return html.escape(printable(text), quote=True).replace("\n", '<b class="nl">⏎</b>\n') or "◌"
 
 
 def shade(nats: float, ceiling: float) -> float:

@@ -75,7 +75,8 @@ def teacher_student(config: ConfigDict, tokenizer: Tokenizer) -> Environment:
         ValueError: a marker or an opening that gives no tokens, a marker that the tokenizer cannot write, or unknown
             `markers` or `openings`.
     """
-    end, teacher, student = (_ids(tokenizer, config, name) for name in ("end", "teacher", "student"))
+    _, teacher, student = (text.marker_ids(tokenizer, f"env.{name}", config[name])
+                           for name in ("end", "teacher", "student"))
     if config.markers not in ("forced", "written"):
         raise ValueError(f"env.markers={config.markers!r}: choose 'forced' or 'written'")
     forced = config.markers == "forced"
@@ -105,21 +106,11 @@ def teacher_student(config: ConfigDict, tokenizer: Tokenizer) -> Environment:
     def read(transcript):
         return _read(tokenizer, [marker.encode() for marker in terminators], transcript)
 
-    return Environment(reset, turn, observe, _openings(config, tokenizer, teacher), config.length, read)
+    return Environment(reset, turn, observe, _openings(config, tokenizer), config.length, read)
 
 
-def _ids(tokenizer, config, name):
-    ids = text.encode(tokenizer, config[name])
-    if not ids:
-        raise ValueError(f"env.{name}={config[name]!r} gives no tokens; it must be a non-empty string")
-    if text.decode(tokenizer, ids) != config[name]:
-        raise ValueError(f"env.{name}={config[name]!r} comes back from the model's tokenizer as "
-                         f"{text.decode(tokenizer, ids)!r}; choose a text that it can write")
-    return ids
-
-
-def _openings(config, tokenizer, teacher):
-    """Every opening ends with the teacher's prefix: the agent writes first."""
+def _openings(config, tokenizer):
+    """Every opening ends with the teacher's prefix, in the tokens of one text: the agent writes first."""
     if config.openings == "fixed":
         texts = [config.opening]
     elif config.openings == "held_out":
@@ -130,13 +121,14 @@ def _openings(config, tokenizer, teacher):
                  for line in (EMBEDDED / "held_out.jsonl").read_text().splitlines()]
     else:
         raise ValueError(f"env.openings={config.openings!r}: choose 'fixed' (env.opening) or 'held_out'")
-    rows = [text.opening(tokenizer, opening) for opening in texts]
-    if config.openings == "held_out":
-        rows = [row for row in rows if len(row) <= config.opening_tokens]
-    if not rows or not min(map(len, rows)):
+    own = [len(text.opening(tokenizer, opening)) for opening in texts]
+    most = config.opening_tokens if config.openings == "held_out" else own[0]
+    rows = [text.opening(tokenizer, opening + config.teacher)
+            for opening, count in zip(texts, own, strict=True) if 0 < count <= most]
+    if not rows:
         raise ValueError(f"env.opening={config.opening!r}, env.openings={config.openings!r}: no opening has tokens "
                          "and fits env.opening_tokens")
-    return Openings(*text.left_pad([row + teacher for row in rows]))
+    return Openings(*text.left_pad(rows))
 
 
 def _lines(config, turns):

@@ -14,7 +14,6 @@ from tokenizers import Tokenizer
 
 from kl_reg.models import configuration, encoder, folders, tokenizer
 from kl_reg.models.encoder import PROBLEMS, EncoderConfig
-from kl_reg.models.layers import ACTIVATIONS
 from kl_reg.models.mapping import Rule, dense, norm, plain, read
 from kl_reg.models.sources import open_source
 
@@ -45,22 +44,20 @@ def _common(hf, **switches) -> EncoderConfig:
     labels = tuple(str(hf.id2label[i]) for i in range(hf.num_labels))
     # As transformers' own loss takes a model that does not say.
     problem = hf.problem_type or ("regression" if len(labels) == 1 else "single_label_classification")
-    config = EncoderConfig(vocab=hf.vocab_size, width=hf.hidden_size, layers=hf.num_hidden_layers,
-                           heads=hf.num_attention_heads, positions=hf.max_position_embeddings, labels=labels,
-                           problem=problem, **switches)
-    for name, value, known in (("problem_type", problem, PROBLEMS), ("activation", config.activation, ACTIVATIONS)):
-        if value not in known:
-            raise ValueError(f"{name} {value!r} is not supported; known: {', '.join(known)}")
-    return config
+    if problem not in PROBLEMS:
+        raise ValueError(f"problem_type {problem!r} is not supported; known: {', '.join(PROBLEMS)}")
+    return EncoderConfig(vocab=hf.vocab_size, width=hf.hidden_size, layers=hf.num_hidden_layers,
+                         heads=hf.num_attention_heads, positions=hf.max_position_embeddings, labels=labels,
+                         problem=problem, **switches)
 
 
 def _distilbert(hf):
-    return _common(hf, mlp_width=hf.hidden_dim, activation=hf.activation, pool="relu")
+    return _common(hf, mlp_width=hf.hidden_dim, activation=configuration.activation(hf, "activation"), pool="relu")
 
 
 def _bert(hf, offset=0):
-    return _common(hf, mlp_width=hf.intermediate_size, activation=hf.hidden_act, pool="tanh", offset=offset,
-                   token_types=hf.type_vocab_size, norm_eps=hf.layer_norm_eps)
+    return _common(hf, mlp_width=hf.intermediate_size, activation=configuration.activation(hf, "hidden_act"),
+                   pool="tanh", offset=offset, token_types=hf.type_vocab_size, norm_eps=hf.layer_norm_eps)
 
 
 def _roberta(hf):

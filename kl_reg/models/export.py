@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import pathlib
 import shutil
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.flax import save_file
 
-from kl_reg.models import configuration, families, folders, sources, weights
+from kl_reg.models import configuration, families, folders, mapping, sources, weights
 from kl_reg.types import Sampling
 
 LOADER = pathlib.Path(__file__).with_name("head_policy.py")
@@ -47,8 +48,9 @@ def settings_of(found: dict) -> dict:
     """A base's config.json as that of its language model, which is all that is read of a Gemma 3 with images; without
     the dtype."""
     if found["model_type"] == "gemma3":
-        text = configuration.parse(found, families.FAMILIES).text_config.to_dict()
-        found = text | {"architectures": ["Gemma3ForCausalLM"]}
+        hf = configuration.parse(found, families.FAMILIES)
+        found = hf.text_config.to_dict() | {"architectures": ["Gemma3ForCausalLM"],
+                                            "tie_word_embeddings": bool(hf.tie_word_embeddings)}
     return {key: value for key, value in found.items() if key not in ("dtype", "torch_dtype")}
 
 
@@ -96,6 +98,25 @@ def drawing(sampling: Sampling) -> dict:
     return {"do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": 1.0}
 
 
+def adapted(source: pathlib.Path, names: Iterable[str]) -> dict[str, mapping.Rule]:
+    """The tensor of the checkpoint in `source` that each adapted matrix is.
+
+    Raises:
+        ValueError: it holds one of them in one tensor with others, which has no LoRA of its own.
+    """
+    found = folders.settings(source)
+    config, family = families.read(found)
+    rules = {path: rule for rule in family.rules(config) for path in rule.ours}
+    rules = {name: rules[f"layers/{name}/kernel"] for name in names}
+    fused = {rule.theirs.removesuffix(".weight"): rule.ours for rule in rules.values() if len(rule.ours) > 1}
+    if fused:
+        text = "; ".join(f"{key} holds {', '.join(path.split('/')[1] for path in paths)}"
+                         for key, paths in fused.items())
+        raise ValueError(f"--adapter: {found['model_type']} keeps several adapted matrices in one ({text}), so they "
+                         "have no adapter of their own; merge it (without --adapter)")
+    return rules
+
+
 def adapter(folder: pathlib.Path, source: pathlib.Path, base: Origin, low: dict, rank: int, alpha: float,
             dtype: str) -> None:
     """The folder of a PEFT adapter.
@@ -106,20 +127,10 @@ def adapter(folder: pathlib.Path, source: pathlib.Path, base: Origin, low: dict,
         alpha: changes are multiplied by alpha / rank.
 
     Raises:
-        ValueError: the checkpoint holds an adapted matrix in one tensor with others, which has no LoRA of its own.
+        ValueError: see `adapted`.
     """
-    found = folders.settings(source)
-    config, family = families.read(found)
-    rules = {path: rule for rule in family.rules(config) for path in rule.ours}
-    keys = {name: rules[f"layers/{name}/kernel"] for name in low}
-    fused = {rule.theirs.removesuffix(".weight"): rule.ours for rule in keys.values() if len(rule.ours) > 1}
-    if fused:
-        text = "; ".join(f"{key} holds {', '.join(path.split('/')[1] for path in paths)}"
-                         for key, paths in fused.items())
-        raise ValueError(f"--adapter: {found['model_type']} keeps several adapted matrices in one ({text}), so they "
-                         "have no adapter of their own; merge it (without --adapter)")
     tensors, modules = {}, []
-    for name, rule in keys.items():
+    for name, rule in adapted(source, low).items():
         key = rule.theirs.removesuffix(".weight")
         modules.append(key.partition("{i}.")[2])
         for i, (a, b) in enumerate(zip(low[name]["a"], low[name]["b"], strict=True)):
@@ -129,7 +140,7 @@ def adapter(folder: pathlib.Path, source: pathlib.Path, base: Origin, low: dict,
     _write(folder / "adapter_config.json", {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base.path, "revision": base.revision,
         "r": rank, "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none", "target_modules": modules,
-        "fan_in_fan_out": found["model_type"] == "gpt2",        # whose matrices are [in, out]
+        "fan_in_fan_out": folders.settings(source)["model_type"] == "gpt2",        # whose matrices are [in, out]
         "inference_mode": True})
 
 

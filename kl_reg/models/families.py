@@ -5,6 +5,7 @@ table here turns them into a `DecoderConfig` and lists the checkpoint's tensors 
 """
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ import numpy as np
 
 from kl_reg.models import configuration
 from kl_reg.models.decoder import DecoderConfig
-from kl_reg.models.layers import ACTIVATIONS, Rope
+from kl_reg.models.layers import Rope
 from kl_reg.models.mapping import Rule, columns, dense, linear, norm, plain
 
 
@@ -55,6 +56,7 @@ def _yarn_scale(settings):
 
 def common(hf, **switches) -> DecoderConfig:
     """What almost all families call the same; `switches` add to it and override it."""
+    # Only some families' classes have these two, and transformers' own models ask for them in this way.
     head_width = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
     given = dict(vocab=hf.vocab_size, width=hf.hidden_size, layers=hf.num_hidden_layers, heads=hf.num_attention_heads,
                  kv_heads=getattr(hf, "num_key_value_heads", None) or hf.num_attention_heads, head_width=head_width,
@@ -62,48 +64,71 @@ def common(hf, **switches) -> DecoderConfig:
     if "rope" not in switches:
         given["rope"] = _rope(hf.rope_parameters, head_width)
     given |= {"norm_eps": hf.rms_norm_eps} if "norm_eps" not in switches else {}
-    given |= {"activation": hf.hidden_act} if "activation" not in switches else {}
+    given |= {"activation": configuration.activation(hf, "hidden_act")} if "activation" not in switches else {}
     return DecoderConfig(**given | switches)
 
 
+def _whole(hf, **switches):
+    """As `common`, of families whose torch models rotate whole heads."""
+    config = common(hf, **switches)
+    if config.rope.width != config.head_width or config.local_rope and config.local_rope.width != config.head_width:
+        raise ValueError(f"partial_rotary_factor has to be 1 with model_type {hf.model_type!r}, which rotates whole "
+                         "heads")
+    return config
+
+
 def _local(hf) -> dict:
-    """Which layers have a sliding window: as `layer_types` says, or all where there is one for all."""
-    kinds = getattr(hf, "layer_types", None) or ["sliding_attention"] * hf.num_hidden_layers
-    local = tuple(kind == "sliding_attention" for kind in kinds)
-    return {"local": local, "window": hf.sliding_window} if hf.sliding_window and any(local) else {}
+    """The layers that have a sliding window, as `layer_types` says."""
+    unknown = sorted(set(hf.layer_types) - {"full_attention", "sliding_attention"})
+    if unknown:
+        raise ValueError(f"layer_types has {', '.join(unknown)}; supported are full_attention, sliding_attention")
+    local = tuple(kind == "sliding_attention" for kind in hf.layer_types)
+    if any(local) and not hf.sliding_window:
+        raise ValueError(f"layer_types has sliding_attention, and sliding_window is {hf.sliding_window}; its size is "
+                         "needed (and use_sliding_window=true where the family has it)")
+    return {"local": local, "window": hf.sliding_window} if any(local) else {}
+
+
+def _all_local(hf) -> dict:
+    """One sliding window for all layers, of families whose torch models do not look at `layer_types`."""
+    return {"local": (True,) * hf.num_hidden_layers, "window": hf.sliding_window} if hf.sliding_window else {}
 
 
 def _llama(hf):
-    return common(hf, qkv_bias=hf.attention_bias, out_bias=hf.attention_bias, mlp_bias=hf.mlp_bias)
+    return _whole(hf, qkv_bias=hf.attention_bias, out_bias=hf.attention_bias, mlp_bias=hf.mlp_bias)
 
 
 def _mixtral(hf):
-    return common(hf, **_local(hf), experts=hf.num_local_experts, chosen_experts=hf.num_experts_per_tok)
+    return _whole(hf, **_all_local(hf), experts=hf.num_local_experts, chosen_experts=hf.num_experts_per_tok)
 
 
 def _qwen3(hf):
-    return common(hf, **_local(hf), qk_norm="head", qkv_bias=hf.attention_bias, out_bias=hf.attention_bias)
+    return _whole(hf, **_local(hf), qk_norm="head", qkv_bias=hf.attention_bias, out_bias=hf.attention_bias)
 
 
 def _gemma(hf, **switches):
     if hf.use_bidirectional_attention:
         raise ValueError("use_bidirectional_attention=True is not supported")
-    return common(hf, norm="rms_plus_one", qkv_bias=hf.attention_bias, out_bias=hf.attention_bias,
+    return _whole(hf, norm="rms_plus_one", qkv_bias=hf.attention_bias, out_bias=hf.attention_bias,
                   embed_scale=hf.hidden_size**0.5, **switches)
 
 
 def _gemma2(hf, **switches):
-    return _gemma(hf, **_local(hf), post_norm=True, activation=hf.hidden_activation,
+    return _gemma(hf, **_local(hf), post_norm=True, activation=configuration.activation(hf, "hidden_activation"),
                   score_scale=hf.query_pre_attn_scalar**-0.5, logit_cap=hf.final_logit_softcapping, **switches)
 
 
-def _gemma3(hf):       # whose attention has no cap, whatever attn_logit_softcapping says
+def _gemma3(hf, **switches):       # whose attention has no cap, whatever attn_logit_softcapping says
     rope, local = (_rope(hf.rope_parameters[kind], hf.head_dim) for kind in ("full_attention", "sliding_attention"))
-    return _gemma2(hf, qk_norm="head", rope=rope, local_rope=local)
+    return _gemma2(hf, qk_norm="head", rope=rope, local_rope=local, **switches)
+
+
+def _gemma3_with_images(hf):
+    return _gemma3(hf.text_config, tied=bool(hf.tie_word_embeddings))      # whatever text_config says of that
 
 
 def _olmo2(hf):
-    return common(hf, qk_norm="all", pre_norm=False, post_norm=True, qkv_bias=hf.attention_bias,
+    return _whole(hf, qk_norm="all", pre_norm=False, post_norm=True, qkv_bias=hf.attention_bias,
                   out_bias=hf.attention_bias)
 
 
@@ -113,8 +138,8 @@ def _gpt2(hf):
     return DecoderConfig(
         vocab=hf.vocab_size, width=hf.n_embd, layers=hf.n_layer, heads=hf.n_head, kv_heads=hf.n_head,
         head_width=hf.n_embd // hf.n_head, mlp_width=hf.n_inner or 4 * hf.n_embd, max_position=hf.n_positions,
-        norm="layer", norm_eps=hf.layer_norm_epsilon, activation=hf.activation_function, gated=False, qkv_bias=True,
-        out_bias=True, mlp_bias=True, tied=hf.tie_word_embeddings)
+        norm="layer", norm_eps=hf.layer_norm_epsilon, activation=configuration.activation(hf, "activation_function"),
+        gated=False, qkv_bias=True, out_bias=True, mlp_bias=True, tied=hf.tie_word_embeddings)
 
 
 def _neox(hf):
@@ -196,15 +221,15 @@ _TEXT_PART = ((r"^language_model\.model\.|^model\.language_model\.", "model."),
 
 FAMILIES = {
     "llama": Family(_llama, _fixed(_ENDS, _ATTENTION, _MLP, _PRE), _TIED + _BUFFERS),
-    "mistral": Family(lambda hf: common(hf, **_local(hf)), _fixed(_ENDS, _ATTENTION, _MLP, _PRE), _TIED + _BUFFERS),
+    "mistral": Family(lambda hf: _whole(hf, **_all_local(hf)), _fixed(_ENDS, _ATTENTION, _MLP, _PRE), _TIED + _BUFFERS),
     "mixtral": Family(_mixtral, _fixed(_ENDS, _ATTENTION, _EXPERTS, _PRE), _TIED + _BUFFERS),
-    "qwen2": Family(lambda hf: common(hf, **_local(hf), qkv_bias=True), _fixed(_ENDS, _ATTENTION, _MLP, _PRE), _TIED),
+    "qwen2": Family(lambda hf: _whole(hf, **_local(hf), qkv_bias=True), _fixed(_ENDS, _ATTENTION, _MLP, _PRE), _TIED),
     "qwen3": Family(_qwen3, _fixed(_ENDS, _ATTENTION, _QK_NORM, _MLP, _PRE), _TIED),
     "gemma": Family(_gemma, _fixed(_ENDS, _ATTENTION, _MLP, _PRE), _TIED),
     "gemma2": Family(lambda hf: _gemma2(hf, score_cap=hf.attn_logit_softcapping),
                      _fixed(_ENDS, _ATTENTION, _MLP, _BOTH), _TIED),
     "gemma3_text": Family(_gemma3, _fixed(_ENDS, _ATTENTION, _QK_NORM, _MLP, _BOTH), _TIED),
-    "gemma3": Family(lambda hf: _gemma3(hf.text_config), _fixed(_ENDS, _ATTENTION, _QK_NORM, _MLP, _BOTH),
+    "gemma3": Family(_gemma3_with_images, _fixed(_ENDS, _ATTENTION, _QK_NORM, _MLP, _BOTH),
                      (*_TIED, r"vision_tower\.", r"multi_modal_projector\."), _TEXT_PART),
     "olmo2": Family(_olmo2, _fixed(_ENDS, _ATTENTION, _QK_NORM, _MLP, _POST), _TIED),
     "gpt2": Family(_gpt2, _gpt2_rules, (*_TIED, r"\.attn\.(masked_)?bias$"),
@@ -215,13 +240,23 @@ FAMILIES = {
 
 
 def llama_settings(config: DecoderConfig) -> dict:
-    """config.json of a Llama with these shapes."""
-    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": config.vocab,
-            "hidden_size": config.width, "num_hidden_layers": config.layers, "num_attention_heads": config.heads,
-            "num_key_value_heads": config.kv_heads, "head_dim": config.head_width,
-            "intermediate_size": config.mlp_width, "max_position_embeddings": config.max_position,
-            "rope_theta": config.rope.theta, "rms_norm_eps": config.norm_eps, "tie_word_embeddings": config.tied,
-            "hidden_act": config.activation, "attention_bias": config.qkv_bias, "mlp_bias": config.mlp_bias}
+    """config.json of a Llama with these shapes.
+
+    Raises:
+        ValueError: no Llama has them; names what one would have otherwise.
+    """
+    settings = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": config.vocab,
+        "hidden_size": config.width, "num_hidden_layers": config.layers, "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads, "head_dim": config.head_width, "intermediate_size": config.mlp_width,
+        "max_position_embeddings": config.max_position, "rope_theta": config.rope.theta if config.rope else 1e4,
+        "rms_norm_eps": config.norm_eps, "tie_word_embeddings": config.tied, "hidden_act": config.activation,
+        "attention_bias": config.qkv_bias, "mlp_bias": config.mlp_bias}
+    given, made = (dataclasses.asdict(x) for x in (config, read(settings)[0]))
+    other = [name for name in given if name != "dtype" and given[name] != made[name]]
+    if other:
+        raise ValueError(f"no Llama has these shapes; it would have another {', '.join(other)}")
+    return settings
 
 
 def read(settings: dict) -> tuple[DecoderConfig, Family]:
@@ -231,7 +266,4 @@ def read(settings: dict) -> tuple[DecoderConfig, Family]:
         ValueError: an unknown family, or a setting that it does not support.
     """
     hf = configuration.parse(settings, FAMILIES)
-    config = FAMILIES[hf.model_type].config(hf)
-    if config.activation not in ACTIVATIONS:
-        raise ValueError(f"activation {config.activation!r} is not supported; known: {', '.join(ACTIVATIONS)}")
-    return config, FAMILIES[hf.model_type]
+    return FAMILIES[hf.model_type].config(hf), FAMILIES[hf.model_type]

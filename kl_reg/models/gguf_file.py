@@ -83,7 +83,7 @@ def tokenizer(file: pathlib.Path) -> Tokenizer:
         for kind, add in ((_CONTROL, result.add_special_tokens), (_USER_DEFINED, result.add_tokens)):
             add([AddedToken(token, normalized=False, special=kind == _CONTROL)
                  for token, its in zip(kept["tokens"], kept["token_type"], strict=True) if its == kind])
-        if kept.get("add_bos_token", kept["model"] == "llama"):
+        if kept.get("add_bos_token", kept["model"] == "llama" or kept["pre"] == "llama-bpe"):     # as llama.cpp has it
             first = kept["tokens"][kept["bos_token_id"]]
             result.post_processor = processors.TemplateProcessing(
                 single=[first, "$A"], pair=[first, "$A", f"{first}:1", "$B:1"],

@@ -66,13 +66,14 @@ def read(rules: Sequence[Rule], shapes: dict, source: Source, dtype: str, option
         sharding: (path, shape) -> a Sharding, of which only this process's shards are held; None: one device.
 
     Raises:
-        ValueError: lists all keys that are missing, that are not known, and that have another shape.
+        ValueError: lists all keys that are missing, that are not known, and that have another shape, and all
+            parameters that no rule gives.
     """
     flat = flatten_dict(shapes, sep="/")
-    names = {_rename(key, renames): key for key in source.shapes}
+    names = {rename(key, renames): key for key in source.shapes}
     wanted = [(rule, index, rule.theirs.format(**index)) for rule in rules if set(rule.ours) <= set(flat)
               for index in _indices(rule, flat)]
-    _check(source, names, wanted, flat, optional)
+    _check(source, names, wanted, _without_rule(rules, flat), flat, optional)
     params = {}
     for rule, group in itertools.groupby(wanted, key=lambda entry: entry[0]):
         leaves = {path: _Leaf(flat[path].shape, jnp.dtype(dtype), sharding and sharding(path, flat[path].shape))
@@ -85,8 +86,14 @@ def read(rules: Sequence[Rule], shapes: dict, source: Source, dtype: str, option
 
 
 def write(rules: Sequence[Rule], params: dict) -> Iterator[tuple[str, jax.Array]]:
-    """(key, tensor) of a checkpoint with these parameters; rules whose paths they lack are left out."""
+    """(key, tensor) of a checkpoint with these parameters; rules whose paths they lack are left out.
+
+    Raises:
+        ValueError: parameters would be left out, as the scales of int8 matrices.
+    """
     flat = flatten_dict(params, sep="/")
+    if lost := _without_rule(rules, flat):
+        raise ValueError(f"no rule writes {', '.join(lost)} (int8 is no format of checkpoints: `export.as_floats`)")
     for rule in rules:
         if set(rule.ours) <= set(flat):
             for index in _indices(rule, flat):
@@ -94,10 +101,16 @@ def write(rules: Sequence[Rule], params: dict) -> Iterator[tuple[str, jax.Array]
                 yield rule.theirs.format(**index), rule.join(*parts)
 
 
-def _rename(key, renames):
+def rename(key: str, renames: Sequence[tuple[str, str]]) -> str:
+    """A checkpoint's key after all (regular expression, replacement)."""
     for pattern, replacement in renames:
         key = re.sub(pattern, replacement, key)
     return key
+
+
+def _without_rule(rules, flat):
+    """Paths that none of the rules in use has."""
+    return sorted(set(flat) - {path for rule in rules if set(rule.ours) <= set(flat) for path in rule.ours})
 
 
 def _indices(rule, flat):
@@ -107,7 +120,7 @@ def _indices(rule, flat):
     return [dict(zip(names, values, strict=True)) for values in itertools.product(*map(range, counts))]
 
 
-def _check(source, names, wanted, flat, optional):
+def _check(source, names, wanted, without, flat, optional):
     expected = {}
     for rule, index, key in wanted:
         parts = [jax.ShapeDtypeStruct(flat[path].shape[len(index):], jnp.float32) for path in rule.ours]
@@ -117,6 +130,7 @@ def _check(source, names, wanted, flat, optional):
                  if key not in expected and not any(re.search(pattern, key) for pattern in optional)]
     problems += [f"{names[key]} is {source.shapes[names[key]]}, expected {shape}" for key, shape in expected.items()
                  if key in names and source.shapes[names[key]] != shape]
+    problems += [f"no rule gives {path}" for path in without]
     if problems:
         raise ValueError(f"{source.path} does not fit its config.json: " + "; ".join(problems))
 

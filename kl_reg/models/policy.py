@@ -201,22 +201,32 @@ def adaptable(config: decoder.DecoderConfig, targets: str) -> dict[str, tuple[in
     shapes [layers, in, out] of their matrices.
 
     Raises:
-        ValueError: there is none; lists those of the model.
+        ValueError: there is none, and lists those of the model; or it is no regular expression.
     """
+    try:
+        pattern = re.compile(targets)
+    except re.error as error:
+        raise ValueError(f"policy.targets={targets!r} is no regular expression ({error}); '.*' is all layers") from None
     layers = jax.eval_shape(partial(decoder.init, config), jax.random.key(0))["layers"]
     known = {name: leaf["kernel"].shape for name, leaf in layers.items() if "kernel" in leaf}
-    chosen = {name: shape for name, shape in known.items() if re.fullmatch(targets, name)}
+    chosen = {name: shape for name, shape in known.items() if pattern.fullmatch(name)}
     if not chosen:
         raise ValueError(f"policy.targets={targets!r} matches no linear layer; there are {', '.join(known)}")
     return chosen
 
 
 def merged(base: dict, adapter: dict, scale: float) -> dict:
-    """The base's parameters with one member's adapter added to its matrices: kernel + scale a b."""
+    """The base's parameters with one member's adapter added to its matrices: kernel + scale a b.
+
+    Raises:
+        ValueError: a matrix is int8, and the sum would not be.
+    """
     layers = dict(base["layers"])
     for name, low in adapter.items():
-        change = scale * jnp.einsum("ldr,lro->ldo", low["a"], low["b"])
         kernel = layers[name]["kernel"]
+        if kernel.dtype == jnp.int8:
+            raise ValueError(f"layers/{name}/kernel is int8; an adapter is added to floats (`export.as_floats`)")
+        change = scale * jnp.einsum("ldr,lro->ldo", low["a"], low["b"])
         layers[name] = layers[name] | {"kernel": (kernel.astype(jnp.float32) + change).astype(kernel.dtype)}
     return base | {"layers": layers}
 

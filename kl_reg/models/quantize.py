@@ -60,9 +60,16 @@ def quantize(params: dict, donate: bool = False) -> dict:
     """The parameters with int8 matrices, each beside its scales: "kernel" [..., i, o] and "kernel_scale" [..., o].
 
     Args:
-        donate: delete each float matrix when it is rounded, so that memory holds the model and one matrix at most.
+        donate: delete each float array when it is rounded: one array holds a matrix of all layers, so memory holds
+            beside the model that one in int8 and in float32 at most.
+
+    Raises:
+        ValueError: they are int8 already.
     """
     flat = flatten_dict(params)
+    done = ["/".join(path) for path, leaf in flat.items() if leaf.dtype == jnp.int8]
+    if done:
+        raise ValueError(f"{', '.join(done)}: int8 already")
     for path, leaf in list(flat.items()):
         if path[0] == "layers" and leaf.ndim > 2 and "router" not in path:
             flat[path], flat[*path[:-1], f"{path[-1]}_scale"] = _round(leaf)

@@ -75,6 +75,21 @@ def encode(tokenizer: Tokenizer, text: str) -> list[int]:
     return _continuing(tokenizer, tokenizer.get_vocab_size()).encode(text, add_special_tokens=False).ids
 
 
+def marker_ids(tokenizer: Tokenizer, name: str, text: str) -> list[int]:
+    """`encode` of a text that an environment writes between turns.
+
+    Raises:
+        ValueError: it has no tokens, or the tokenizer cannot write it; `name` says which text it is.
+    """
+    ids = encode(tokenizer, text)
+    if not ids:
+        raise ValueError(f"{name}={text!r} gives no tokens; it must be a non-empty string")
+    if decode(tokenizer, ids) != text:
+        raise ValueError(f"{name}={text!r} comes back from the model's tokenizer as {decode(tokenizer, ids)!r}; choose "
+                         "a text that it can write")
+    return ids
+
+
 @functools.lru_cache(maxsize=8)
 def _continuing(tokenizer, size):
     """The same tokenizer without the space that it puts in front of every text; `size` tells when tokens were added."""

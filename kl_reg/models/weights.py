@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from safetensors.flax import save_file
 
 from kl_reg.models import configuration, decoder, families, folders, mapping, tokenizer
@@ -48,14 +49,26 @@ def load(path: str, dtype: str = "float32", sharding: Callable | None = None) ->
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: unknown family, unreadable file, or missing, extra or misshapen weights (all listed).
+        ValueError: unknown family, unreadable file, missing, extra or misshapen weights (all listed), or two
+            different tensors for what config.json says is one.
     """
     folder = folders.find(path)
     config, family = _read(folder, dtype)
     shapes = jax.eval_shape(partial(decoder.init, config), jax.random.key(0))
-    params = mapping.read(family.rules(config), shapes, open_source(folder), dtype, family.optional, family.renames,
-                          sharding)
+    source = open_source(folder)
+    _check_tied(config, family, source)
+    params = mapping.read(family.rules(config), shapes, source, dtype, family.optional, family.renames, sharding)
     return Model(config, params, folder)
+
+
+def _check_tied(config, family, source):
+    """transformers unties a stored unembedding that is not the embeddings, whatever config.json says."""
+    names = {mapping.rename(key, family.renames): key for key in source.shapes}
+    keys = {path: names[rule.theirs] for rule in family.rules(config) for path in rule.ours if rule.theirs in names}
+    if config.tied and {"embed", "unembed"} <= set(keys) and not np.array_equal(
+            *(source.read(keys[path]) for path in ("embed", "unembed"))):
+        raise ValueError(f"{source.path} does not fit its config.json: {keys['unembed']} is not {keys['embed']}, which "
+                         "a model with tied embeddings has in its place; set tie_word_embeddings to false")
 
 
 def vocabulary(path: str) -> tuple[dict[str, int], int]:

@@ -43,7 +43,7 @@ def train(config: ConfigDict, reward_fn: Callable | None = None, workdir: str | 
 
     Args:
         config: from `kl_reg.config.default()`.
-        reward_fn: instead of `config.reward.name`: fn(prompts, completions, completion_ids) -> list[float | None],
+        reward_fn: instead of `config.reward`: fn(prompts, completions, completion_ids) -> list[float | None],
             called with the student's finished replies.
         workdir: for config.json, members/<k>/, checkpoints/, summary.json, figures/ and report.html.
 
@@ -52,12 +52,16 @@ def train(config: ConfigDict, reward_fn: Callable | None = None, workdir: str | 
         FileNotFoundError: the model folder is missing.
         FileExistsError: `workdir` holds another experiment.
     """
-    validation.validate(config)
-    workdir = pathlib.Path(workdir)
     if reward_fn is not None:
         config = config.copy_and_resolve_references()
+        with config.unlocked():
+            config.reward = configs.default().reward        # whatever it was, it is not used
+    validation.validate(config)
+    if reward_fn is None:
+        reward_fn = rewards.build(config.reward)
+    else:
         config.reward.name = replies.name_of(reward_fn)
-    reward_fn = reward_fn or rewards.build(config.reward)
+    workdir = pathlib.Path(workdir)
     model, rounding = weights.load(config.model.path, config.model.dtype), None
     if config.model.quantize:
         model, rounding = quantize.convert(model)

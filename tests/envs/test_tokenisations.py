@@ -116,8 +116,15 @@ def test_the_speaker_is_the_one_whose_written_marker_came_last(paper, data):
 @pytest.mark.parametrize("opening", ["", "<s>"])
 def test_an_opening_has_one_bos_where_the_tokenizer_adds_one(opening):
     stage = Stage(real("mistral"), opening=opening)
+    assert stage.env.openings.tokens.tolist() == [stage.tokenizer.encode("A:").ids]
+
+
+def test_an_opening_has_the_tokens_of_one_text():
+    """GPT-2's pattern leaves the last newline before a word to that word."""
+    stage = Stage(real("gpt2"), opening="B: hi\n\n", teacher="Teacher:", end="\n\n")
     tokens = [stage.tokenizer.id_to_token(token) for token in stage.env.openings.tokens[0]]
-    assert tokens == ["<s>", "A", ":"]
+    assert tokens == stage.tokenizer.encode("B: hi\n\nTeacher:").tokens
+    assert tokens.count("Ċ") == 2 and len(stage.ids("\n\n")) == 1
 
 
 def test_a_number_that_is_no_token_is_nobodys_marker(tiny_tokenizer):

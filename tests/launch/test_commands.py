@@ -24,7 +24,7 @@ def small(tiny_folder):
 @pytest.mark.parametrize("command", ["train", "sweep", "report", "pretrain"])
 def test_help_explains_itself(command):
     done = launch(command, "--help")
-    assert f"python -m launch.{command}" in done.stdout and "workdir" in done.stdout
+    assert done.returncode == 0 and f"python -m launch.{command}" in done.stdout and "workdir" in done.stdout
 
 
 def test_one_member_trains_and_a_second_call_finds_it_done(small, tmp_path):

@@ -5,29 +5,12 @@ import jax
 import numpy as np
 import pytest
 
-import kl_reg
-from kl_reg.config import default
 from kl_reg.models import decoder, families, weights
 from kl_reg.models.layers import Rope
 from kl_reg.types import AGENT
 from launch import compare
 
 EPISODES = 40       # more than one batch
-
-
-@pytest.fixture(scope="module")
-def run(tiny_folder, tmp_path_factory):
-    """Member 0 never learns, 1 has no limit, 2 draws what it spends of a budget."""
-    config = default()
-    config.model.path, config.policy.hidden = str(tiny_folder), 4
-    config.env.opening, config.env.length = "<|start|>A: hi\n", 16
-    config.rl.iterations, config.rl.episodes, config.checkpoint.every = 2, 8, 1
-    config.evaluation.episodes, config.optim.warmup, config.optim.final = EPISODES, 1, 1.0
-    config.sweep = [{"optim.learning_rate": (0.0, 0.3)},
-                    {"optim.learning_rate": (0.3,), "kl.budget": (0.5,), "kl.spend": ("sampled",)}]
-    folder = tmp_path_factory.mktemp("runs") / "small"
-    kl_reg.train(config, workdir=folder)
-    return folder
 
 
 @pytest.fixture
@@ -141,7 +124,11 @@ def test_a_folder_plays_the_agent_beside_the_runs_base(run, call, tiny_folder, t
     (("base", "{run}", "--episodes", "1"), "--episodes 1"), (("base", "{run}:0@1", "--steps"), "leave @1 out"),
     (("base", "base", "--steps"), "neither side is one"), (("base", "base", "--openings", "run"), "neither side"),
     (("base", "base", "--episodes", "999"), "held-out conversations"), (("base",), "required: B"),
-    (("{tiny}", "base"), "300 tokens, 300 logits) and base")])
-def test_a_wrong_call_is_one_line(run, call, tiny_folder, arguments, says):
-    status, printed, _, _ = call(*(text.format(run=run, tiny=tiny_folder) for text in arguments))
-    assert status == 2 and printed.err.startswith("error: ") and printed.err.count("\n") == 1 and says in printed.err
+    (("{tiny}", "base"), "300 tokens, 300 logits) and base"), (("{run}/members", "base"), "nor a model: "),
+    (("{broken}", "base"), "{broken}: model.path=")])
+def test_a_wrong_call_is_one_line(run, call, tiny_folder, tmp_path, arguments, says):
+    (tmp_path / "pytorch_model.bin").touch()
+    known = {"run": run, "tiny": tiny_folder, "broken": tmp_path}
+    status, printed, _, _ = call(*(text.format(**known) for text in arguments))
+    assert status == 2 and printed.err.startswith("error: ") and printed.err.count("\n") == 1
+    assert says.format(**known) in printed.err

@@ -2,6 +2,7 @@
 own parameters. Members are random, not trained: a checkpoint of each is written as training writes it."""
 import ast
 import json
+import pathlib
 import re
 import sys
 
@@ -12,12 +13,14 @@ import pytest
 import torch
 import transformers
 
-from kl_reg import checkpoint, runs
+from kl_reg import card, checkpoint, runs
 from kl_reg import config as configs
 from kl_reg.models import folders, policy, tokenizer, weights
 from kl_reg.models.actor import Situation
+from kl_reg.models.fetch import fetch
 from kl_reg.types import TrainState, Transcript
 from launch import export
+from tests import tiny_gguf
 
 OPENING, LENGTH, NEW = "<|start|>A: hi\n", 48, 36
 FULL, LORA, HEAD, BUDGET, AWAY = range(5)
@@ -96,7 +99,7 @@ def ours(run, number, tokens, inputs=(0.0, 0.0), iteration=None):
 
 def prompt_ids(run):
     words = tokenizer.load(folders.find(runs.config_of(run).model.path))
-    return tokenizer.opening(words, OPENING) + tokenizer.encode(words, "A:")
+    return tokenizer.opening(words, f"{OPENING}A:")
 
 
 def check(run, number, theirs, said, **others):
@@ -267,6 +270,30 @@ def test_a_truncation_that_no_file_can_say_is_in_the_card(run, call, tmp_path):
     text, _ = card_of(tmp_path / "out")
     assert "(top_k=5, top_p=1, min_p=0) that the reference's probabilities decide" in text
     assert json.loads((tmp_path / "out/generation_config.json").read_text())["top_k"] == 0
+
+
+@pytest.mark.parametrize("kind", ["model", "adapter", "head"])
+def test_the_code_of_the_card_has_the_tokens_of_training(tiny_folder, kind):
+    """Not their text, which other libraries may tokenise otherwise; a written turn ends with the student's prefix."""
+    config, words = configs.default(), tokenizer.load(tiny_folder)
+    config.env.opening, config.env.markers = OPENING, "written"
+    member = runs.Member(config, {}, None, 0, "")
+    code = card.snippet(card.Facts(None, member, "", "", kind, False, tiny_folder), pathlib.Path("out"))
+    ids = tokenizer.encode(words, f"{OPENING}A:")
+    assert re.search(rf"^prompt = (torch.tensor\(\[)?{re.escape(str(ids))}", code, re.MULTILINE)
+    assert repr("\nB:") in code and "tokenizer(" not in code
+    compile(code, "card", "exec")
+
+
+def test_a_refused_base_leaves_no_folder(run, call, tmp_path):
+    """A GGUF file, which PEFT would not load: known only when the base is looked at."""
+    tiny_gguf.write(tmp_path / "tiny.gguf")
+    base, _ = fetch(str(tmp_path / "tiny.gguf"), tmp_path / "base")
+    config = json.loads((run / "config.json").read_text())["config"]
+    config["model"]["path"] = str(base)
+    copy = other_run(run, tmp_path / "run", config=config, base=folders.digest(base))
+    status, printed = call(f"{copy}:{LORA}", "--adapter", f"--out={tmp_path}/new/out")
+    assert status == 2 and "has its weights in a GGUF file" in printed.err and not (tmp_path / "new").exists()
 
 
 def test_a_base_that_is_another_one_now_is_refused(run, call, tmp_path):

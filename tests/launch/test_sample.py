@@ -14,30 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import kl_reg
 from kl_reg.analysis import conversation, solo
 from kl_reg.config import default
+from kl_reg.envs import ENVIRONMENTS
 from kl_reg.models import decoder, tokenizer, weights
 from kl_reg.types import AGENT, FORCED, OPENING, STUDENT
 from launch import sample
 
 EPISODES, SEED = 40, 1_000_003      # of the run's evaluation
-
-
-@pytest.fixture(scope="module")
-def run(tiny_folder, tmp_path_factory):
-    """Member 0 never learns, 1 has no limit, 2 draws what it spends of a budget; as in test_compare.py, whose compiled
-    functions it shares."""
-    config = default()
-    config.model.path, config.policy.hidden = str(tiny_folder), 4
-    config.env.opening, config.env.length = "<|start|>A: hi\n", 16
-    config.rl.iterations, config.rl.episodes, config.checkpoint.every = 2, 8, 1
-    config.evaluation.episodes, config.optim.warmup, config.optim.final = EPISODES, 1, 1.0
-    config.sweep = [{"optim.learning_rate": (0.0, 0.3)},
-                    {"optim.learning_rate": (0.3,), "kl.budget": (0.5,), "kl.spend": ("sampled",)}]
-    folder = tmp_path_factory.mktemp("runs") / "small"
-    kl_reg.train(config, workdir=folder)
-    return folder
 
 
 class Record(NamedTuple):
@@ -217,6 +201,28 @@ def test_a_chat_whose_template_writes_the_past_anew(roomy_folder, tiny_tokenizer
     assert shortened == 1
 
 
+def test_a_model_is_opened_once_in_the_environment_that_was_asked_for(tiny_folder, monkeypatch):
+    """64 tokens, the default, do not fit the tiny model's context."""
+    loaded = []
+    monkeypatch.setattr(weights, "load", lambda *path, load=weights.load: loaded.append(path) or load(*path))
+    changes = {"teacher": "T:", "end": "\n\n", "opening": "B: hi\n\n"}
+    one = solo.open_policy(str(tiny_folder), "run", 2, changes, 20)
+    env, words = one.team.program.env, tokenizer.load(tiny_folder)
+    assert tokenizer.decode(words, env.openings.tokens[0].tolist()) == "B: hi\n\nT:" and env.length == 20
+    assert len(loaded) == 1
+    with pytest.raises(ValueError, match="env.length=64 .* context is 64"):
+        solo.open_policy(str(tiny_folder), "run", 2, changes)
+
+
+@pytest.mark.parametrize("markers, prompt", [("forced", "B: "), ("written", "> ")])
+def test_the_students_prefix_is_shown_once(tiny_tokenizer, markers, prompt):
+    """With "written" it is what the agent's turn ended with."""
+    settings = default().env
+    settings.markers = markers
+    env = ENVIRONMENTS[settings.name](settings, tiny_tokenizer)
+    assert conversation.as_student(settings, env, tiny_tokenizer, frozenset()).person == prompt
+
+
 def test_where_a_model_ends(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 2}))
     assert solo.ends(tmp_path) == {2}
@@ -241,7 +247,8 @@ def test_ctrl_c_waits_for_the_token():
     (("{run}:1", "--chat"), "--chat is a way to --talk"), (("{run}:1", "--talk", "--chat"), "--chat is for a model"),
     (("{run}:1", "--end", "x"), "env.end: "), (("{run}:1", "--length", "99"), "has room for"),
     (("{run}:2", "--colour", "surprisal"), "kl.spend='sampled'"), (("embedded", "--end="), "env.end=''"),
-    (("embedded", "--talk", "--chat", "--end", "x"), "leave --end out")])
+    (("embedded", "--talk", "--chat", "--end", "x"), "leave --end out"),
+    (("embedded", "--talk", "--episodes", "2"), "leave --episodes out")])
 def test_a_wrong_call_is_one_line(run, call, arguments, says):
     status, printed = call(*(text.format(run=run) for text in arguments))
     assert status == 2 and printed.err.startswith("error: ") and printed.err.count("\n") == 1

@@ -226,6 +226,13 @@ def test_a_setting_that_is_not_supported_is_refused_with_the_file(copy, settings
     assert str(folder / "config.json") in str(error.value)
 
 
+def test_an_activation_has_the_name_that_the_family_gives_it(copy):
+    folder = copy("bert")
+    change(folder, hidden_act="mish")
+    with pytest.raises(ValueError, match="hidden_act 'mish' is not supported; known: .*gelu"):
+        load_config(str(folder))
+
+
 def test_a_tokenizer_that_does_not_fit_is_refused(copy):
     folder = copy("bert")
     tokenizer = word_pieces()

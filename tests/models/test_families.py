@@ -43,7 +43,8 @@ SETTINGS = {
         "llama3", factor=8.0, low_freq_factor=1.5, high_freq_factor=3.0, original_max_position_embeddings=32)),
     "llama, linear rope": ("llama", SIZES | dict(hidden_act="gelu") | rope("linear", factor=3.0)),
     "llama, yarn rope": ("llama", SIZES | dict(head_dim=16) | rope(
-        "yarn", factor=4.0, original_max_position_embeddings=100, beta_fast=2.0, beta_slow=0.5)),
+        "yarn", factor=4.0, original_max_position_embeddings=100, beta_fast=2.0, beta_slow=0.5,
+        mscale=1.5, mscale_all_dim=0.5, truncate=False)),
     "llama as smollm2": ("llama", SIZES | rope() | dict(
         hidden_size=36, num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True)),
     "mistral": ("mistral", SIZES | rope() | dict(head_dim=12, sliding_window=WINDOW)),

@@ -76,7 +76,7 @@ def test_any_tokenizer_will_do(copy, names):
             folders.find(str(copy))
         (copy / name).write_text("{}")
     assert folders.find(str(copy)) == copy
-    assert len(folders.digest(copy)) == 2 * 64 + 1
+    assert len(folders.digest(copy)) == 3 * 64 + 2
 
 
 @pytest.mark.parametrize("missing", [["config.json"], ["model.safetensors"], ["tokenizer.json"],
@@ -91,12 +91,12 @@ def test_all_that_is_missing_is_named(copy, missing):
     assert named == missing
 
 
-@pytest.mark.parametrize("path", ["/nowhere", "./nowhere", "nowhere", "a/b/c", "org/name@", ""])
+@pytest.mark.parametrize("path", ["/nowhere", "./nowhere", "nowhere", "a/b/c", "org/name@", "", "a.gguf"])
 def test_a_path_that_is_nothing_says_what_is_accepted(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError) as error:
         folders.find(path)
-    assert str(error.value).startswith(f"model.path={path!r}: ")
+    assert str(error.value).startswith(f"model.path={path!r}: ") and "launch.fetch" not in str(error.value)
 
 
 def test_a_gguf_file_is_no_folder(tmp_path):
@@ -178,17 +178,19 @@ def test_settings_are_config_json(copy):
     assert folders.settings(copy) == json.loads((copy / "config.json").read_text())
 
 
-def test_the_digest_is_that_of_weights_and_tokenizer(copy):
+def test_the_digest_is_that_of_weights_tokenizer_and_settings(copy):
     def sha(*names):
         return [hashlib.sha256((copy / name).read_bytes()).hexdigest() for name in names]
 
-    assert folders.digest(copy) == "-".join(sha("model.safetensors", "tokenizer.json"))
+    assert folders.digest(copy) == "-".join(sha("model.safetensors", "tokenizer.json", "config.json"))
     (copy / "model.safetensors").rename(copy / "b.safetensors")
     (copy / "a.safetensors").write_bytes(b"a")
     index = {"weight_map": {"x": "b.safetensors", "y": "a.safetensors", "z": "b.safetensors"}}
     (copy / "model.safetensors.index.json").write_text(json.dumps(index))
     parts = "".join(sha("model.safetensors.index.json", "a.safetensors", "b.safetensors"))
-    assert folders.digest(copy) == f"{hashlib.sha256(parts.encode()).hexdigest()}-{sha('tokenizer.json')[0]}"
-    before = folders.digest(copy)
-    (copy / "a.safetensors").write_bytes(b"c")
-    assert folders.digest(copy) != before
+    others = "-".join(sha("tokenizer.json", "config.json"))
+    assert folders.digest(copy) == f"{hashlib.sha256(parts.encode()).hexdigest()}-{others}"
+    for name, content in (("a.safetensors", b"c"), ("config.json", b"{}")):
+        before = folders.digest(copy)
+        (copy / name).write_bytes(content)
+        assert folders.digest(copy) != before

@@ -134,10 +134,11 @@ def test_weights_without_a_name_are_all_listed(tmp_path):
         gguf_file.source(tmp_path / "a.gguf")
 
 
-@pytest.mark.parametrize("pre, first", [("gpt-2", None), ("llama-bpe", "<|im_start|>"), ("qwen2", None),
-                                        ("sentence_piece", "<s>")])
-def test_the_tokenizer_is_that_of_transformers(tmp_path, pre, first):
-    kind = tiny_gguf.sentence_piece if pre == "sentence_piece" else functools.partial(tiny_gguf.byte_level, pre=pre)
+@pytest.mark.parametrize("pre, bos, first", [("gpt-2", False, None), ("llama-bpe", True, "<|im_start|>"),
+                                             ("qwen2", False, None), ("sentence_piece", None, "<s>")])
+def test_the_tokenizer_is_that_of_transformers(tmp_path, pre, bos, first):
+    kind = (tiny_gguf.sentence_piece if pre == "sentence_piece" else
+            functools.partial(tiny_gguf.byte_level, pre=pre, bos=bos))
     tiny_gguf.write(tmp_path / "a.gguf", tokenizer=kind)
     ours = gguf_file.tokenizer(tmp_path / "a.gguf")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file="a.gguf").backend_tokenizer
@@ -154,6 +155,14 @@ def test_the_tokenizer_is_that_of_transformers(tmp_path, pre, first):
     check()
     plain = ours.encode("hello you", add_special_tokens=False).tokens
     assert ours.encode("hello you").tokens == ([first] if first else []) + plain
+
+
+@pytest.mark.parametrize("pre, bos, first", [("llama-bpe", None, True), ("llama-bpe", False, False),
+                                             ("smollm", None, False), ("qwen2", None, False), ("qwen2", True, True)])
+def test_a_file_that_does_not_say_has_the_bos_that_llama_cpp_gives_it(tmp_path, pre, bos, first):
+    """llama_vocab::impl::load: `add_bos = true` of SPM and of Llama 3's pre-tokenizer alone."""
+    tiny_gguf.write(tmp_path / "a.gguf", tokenizer=functools.partial(tiny_gguf.byte_level, pre=pre, bos=bos))
+    assert (gguf_file.tokenizer(tmp_path / "a.gguf").encode("hello").tokens[0] == "<|im_start|>") == first
 
 
 def test_text_is_split_as_llama_cpp_and_the_models_own_tokenizers_do(tmp_path):

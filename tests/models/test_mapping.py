@@ -1,4 +1,5 @@
 """Checkpoints to parameters and back: settings and keys as files on the Hugging Face hub have them, shards, devices."""
+import dataclasses
 import json
 import pathlib
 import random
@@ -16,7 +17,7 @@ import transformers
 from jax.sharding import NamedSharding, PartitionSpec
 from safetensors import safe_open
 
-from kl_reg.models import decoder, families, mapping, weights
+from kl_reg.models import decoder, export, families, mapping, quantize, weights
 from kl_reg.models.decoder import DecoderConfig
 from kl_reg.models.layers import Rope
 from kl_reg.models.sources import Source
@@ -59,6 +60,9 @@ OLD_SPELLINGS = {
                     SHAPES | dict(rope=Rope(1e4, 8), local=(True,) * 4, window=16)),
     "mistral 0.2": (LLAMA | dict(model_type="mistral", rope_theta=1e6, sliding_window=None),
                     SHAPES | dict(rope=Rope(1e6, 8))),
+    "mistral of one window, whatever layer_types says": (
+        LLAMA | dict(model_type="mistral", sliding_window=16, layer_types=["full_attention"] * 4),
+        SHAPES | dict(rope=Rope(1e4, 8), local=(True,) * 4, window=16)),
     "gemma's gelu is the approximate one": (
         GEMMA | dict(model_type="gemma", hidden_act="gelu", hidden_activation=None),
         GEMMA_SHAPES | dict(rope=Rope(1e4, 16))),
@@ -66,11 +70,11 @@ OLD_SPELLINGS = {
         model_type="gemma2", sliding_window=16, attn_logit_softcapping=50.0, final_logit_softcapping=30.0),
         GEMMA2_SHAPES | dict(rope=Rope(1e4, 16), local=(True, False) * 2, window=16, score_cap=50.0, logit_cap=30.0)),
     "gemma3 with a pattern": (GEMMA | dict(
-        model_type="gemma3", vision_config={}, text_config=GEMMA | dict(
+        model_type="gemma3", vision_config={}, tie_word_embeddings=False, text_config=GEMMA | dict(
             model_type="gemma3_text", sliding_window=16, sliding_window_pattern=3, rope_theta=1e6,
             rope_local_base_freq=1e4, rope_scaling=dict(rope_type="linear", factor=8.0))),
         GEMMA2_SHAPES | dict(rope=Rope(1e6, 16, "linear", 8.0), local_rope=Rope(1e4, 16), qk_norm="head", window=16,
-                             local=(True, True, False, True))),
+                             local=(True, True, False, True), tied=False)),
     "pythia": (NEOX | dict(rotary_pct=0.25, rotary_emb_base=500, use_parallel_residual=True),
                NEOX_SHAPES | dict(rope=Rope(500.0, 2), parallel=True)),
     "gpt2": (GPT2, GPT2_SHAPES),
@@ -84,12 +88,38 @@ def test_old_spellings_of_settings_are_read(name):
 
 
 @pytest.mark.parametrize(("setting", "problem"), [
-    (GPT2 | dict(activation_function="tanh"), "activation 'tanh' is not supported; known: .*gelu_new"),
+    (GPT2 | dict(activation_function="tanh"), "^activation_function 'tanh' is not supported; known: .*gelu_new"),
+    (LLAMA | dict(hidden_act="tanh"), "^hidden_act 'tanh' is not supported"),
+    (GEMMA | dict(model_type="gemma2", hidden_activation="tanh"), "^hidden_activation 'tanh' is not supported"),
+    (LLAMA | dict(model_type="qwen3", layer_types=["full_attention", "chunked_attention"] * 2),
+     "layer_types has chunked_attention; supported are full_attention, sliding_attention"),
+    (GEMMA | dict(model_type="gemma2", sliding_window=None), "layer_types has .*sliding_window is None"),
+    (LLAMA | dict(partial_rotary_factor=0.5), "partial_rotary_factor has to be 1 with model_type 'llama'"),
+    (LLAMA | dict(model_type="olmo2", partial_rotary_factor=0.5), "partial_rotary_factor .* 'olmo2'"),
     (GPT2 | dict(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx"),
     (GEMMA | dict(model_type="gemma", use_bidirectional_attention=True), "use_bidirectional_attention")])
 def test_what_the_decoder_cannot_do_is_refused(setting, problem):
     with pytest.raises(ValueError, match=problem):
         families.read(setting)
+
+
+def test_another_family_may_rotate_a_part_of_each_head():
+    hf = transformers.StableLmConfig(hidden_size=32, num_attention_heads=4, partial_rotary_factor=0.25)
+    assert families.common(hf, norm_eps=hf.layer_norm_eps).rope.width == 2
+
+
+def test_the_language_model_of_a_gemma3_is_tied_as_the_whole_is():
+    settings, expected = OLD_SPELLINGS["gemma3 with a pattern"]
+    assert families.read(export.settings_of(settings))[0] == DecoderConfig(**expected)
+
+
+def test_config_json_of_a_llama_is_made_of_a_llama_only(tiny_shapes):
+    bfloat16 = dataclasses.replace(tiny_shapes, dtype="bfloat16")
+    assert families.read(families.llama_settings(bfloat16))[0] == tiny_shapes
+    for switches, names in (({"rope": None}, "rope"), ({"qkv_bias": True, "gated": False}, "gated, out_bias"),
+                            ({"rope": Rope(1e4, 8, "linear", 2.0)}, "rope")):
+        with pytest.raises(ValueError, match=f"no Llama has these shapes; it would have another {names}$"):
+            families.llama_settings(dataclasses.replace(tiny_shapes, **switches))
 
 
 def model(settings):
@@ -148,6 +178,21 @@ def test_a_file_of_another_family_is_told_apart():
     tensors = {key: np.asarray(value) for key, value in mapping.write(family.rules(config), params)}
     with pytest.raises(ValueError, match="memory does not fit its config.json: missing gpt_neox.embed_in.weight"):
         read(NEOX, tensors)
+
+
+def test_a_parameter_that_no_rule_gives_is_named_with_the_other_problems(tiny_folder, tiny_shapes, monkeypatch):
+    rules = [rule for rule in families.FAMILIES["llama"].rules(tiny_shapes) if "layers/up/kernel" not in rule.ours]
+    family = families.FAMILIES["llama"]._replace(rules=lambda config: rules)
+    monkeypatch.setitem(families.FAMILIES, "llama", family)
+    with pytest.raises(ValueError, match="extra model.layers.0.mlp.up_proj.weight; .*no rule gives layers/up/kernel$"):
+        weights.load(str(tiny_folder))
+
+
+def test_int8_weights_are_not_written(tmp_path, tiny_shapes, tiny_params):
+    rounded = quantize.quantize(tiny_params)
+    with pytest.raises(ValueError, match="no rule writes layers/down/kernel_scale, .*value/kernel_scale .*floats"):
+        weights.save(tmp_path, families.llama_settings(tiny_shapes), rounded)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture(scope="module", params=[NEOX, MIXTRAL], ids=["fused", "experts"])

@@ -110,6 +110,15 @@ def test_float_matrices_are_deleted_only_where_that_is_asked_for(dense):
     assert own["layers"]["query"]["kernel"].is_deleted() and not own["embed"].is_deleted()
 
 
+def test_what_is_int8_is_neither_rounded_again_nor_changed(model, adapter):
+    rounded = quantize.quantize(model[1])
+    with pytest.raises(ValueError, match="layers/query/kernel.*: int8 already"):
+        quantize.quantize(rounded, donate=True)
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(rounded))
+    with pytest.raises(ValueError, match="layers/key/kernel is int8"):
+        policy.merged(rounded, jax.tree.map(lambda x: x[:, 0], adapter), 1.0)
+
+
 @partial(jax.jit, static_argnums=0)
 def every_path(shapes, params, tokens, adapter):
     """Hidden states of `forward`, and of `prefill` and `decode` one after the other."""

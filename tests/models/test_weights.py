@@ -67,6 +67,29 @@ def test_embedded_is_the_folder_in_the_package(copy, monkeypatch):
     assert weights.load("embedded").folder == copy
 
 
+def test_a_stored_unembedding_of_a_tied_model_is_the_embeddings(copy):
+    file = copy / "model.safetensors"
+    tensors = load_file(file)
+    same, other = (tensors["model.embed_tokens.weight"].at[7, 3].add(x) for x in (0, 1))
+    save_file(tensors | {"lm_head.weight": same}, file)
+    np.testing.assert_array_equal(decoder.unembedding(weights.load(str(copy)).params), same)
+    save_file(tensors | {"lm_head.weight": other}, file)
+    with pytest.raises(ValueError, match="lm_head.weight is not model.embed_tokens.weight.*tie_word_embeddings"):
+        weights.load(str(copy))
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    np.testing.assert_array_equal(decoder.unembedding(weights.load(str(copy)).params), other)
+
+
+@pytest.mark.parametrize(("settings", "problem"), [
+    ({"vocab_size": 3}, "lacks model_type; known: .*llama"),
+    ({"model_type": "llama", "rope_parameters": {"rope_type": "yarn"}}, "Missing required keys in `rope_parameters`")])
+def test_what_config_json_lacks_is_said_once(copy, settings, problem):
+    (copy / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=f"config.json: {problem}"):
+        weights.load(str(copy))
+
+
 def test_an_unknown_family_lists_the_known(copy):
     (copy / "config.json").write_text('{"model_type": "mamba"}')
     with pytest.raises(ValueError, match="'mamba'.*llama"):

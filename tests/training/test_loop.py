@@ -7,15 +7,11 @@ import pytest
 
 import kl_reg
 from kl_reg import config as configs
-
-calls = {"left": 10**9}
+from kl_reg import metrics
 
 
 def reward(prompts, completions, completion_ids):
-    """Longer replies are better; raises when its calls are used up."""
-    calls["left"] -= 1
-    if calls["left"] < 0:
-        raise KeyboardInterrupt
+    """Longer replies are better."""
     return [len(ids) / 10 for ids in completion_ids]
 
 
@@ -75,11 +71,19 @@ def test_evaluation_counts_returns_as_the_reward_function_gives_them(whole, tiny
         np.testing.assert_allclose(arrays["returns"], expected, rtol=1e-6)
 
 
-def test_a_killed_run_resumes_bit_equal(whole, config, tmp_path):
-    calls["left"] = 3 * 5 - 1                                   # members x iterations: dies in the third iteration
-    with pytest.raises(KeyboardInterrupt):
+def test_a_killed_run_resumes_bit_equal(whole, config, tmp_path, monkeypatch):
+    write, written = metrics.MemberLog.write, []
+
+    def dies_in_the_third_iteration(log, row):
+        written.append(row["iteration"])
+        if len(written) > 2 * 5 + 3:
+            raise KeyboardInterrupt
+        write(log, row)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(metrics.MemberLog, "write", dies_in_the_third_iteration)
         kl_reg.train(config, reward, tmp_path / "run")
-    calls["left"] = 10**9
+    assert written[-1] == 2
     resumed = kl_reg.train(config, reward, tmp_path / "run")
     chex.assert_trees_all_equal(resumed.params, whole.params)
     for member in range(5):
