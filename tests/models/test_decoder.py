@@ -130,5 +130,5 @@ def test_an_adapter_says_what_each_member_alone_says_with_merged_matrices(tiny_s
         alone = forward(tiny_shapes, tiny_params | {"layers": layers}, tokens, START).last
         for row, begin in enumerate(START):
             for ours in (whole, cached):
-                np.testing.assert_allclose(ours[3 * member + row, begin:], alone[row, begin:], atol=1e-5)
+                np.testing.assert_allclose(ours[3 * member + row, begin:], alone[row, begin:], atol=5e-5)
             assert np.abs(alone[row, begin:] - base[row, begin:]).max() > 0.1
