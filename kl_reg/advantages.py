@@ -1,7 +1,10 @@
-"""Advantages over one agent stream. Other writers' tokens are no part of it, so a reward survives a student's turn.
+"""Advantages over one group: g agent streams with the same opening. Callers vmap over groups.
 
-Every function takes rewards, values and mask [k] and returns (advantages, returns) [k], in reward units. The episode
-ends with the stream: nothing is bootstrapped behind it.
+Every function takes rewards, values and mask [g, k] and returns (advantages [g, k], returns [g, k], scale), in reward
+units. `returns` are the value head's targets. `scale` is the factor between the expected policy gradient and that of
+the return; a KL term in the loss must be multiplied by it too, or it changes its price. Other writers' tokens are no
+part of a stream, so a reward survives a student's turn. The episode ends with the stream: nothing is bootstrapped
+behind it. A stream without a token is an episode of return 0, and counts as one where a group is compared.
 """
 from __future__ import annotations
 
@@ -13,12 +16,16 @@ from kl_reg.registry import Registry
 
 ADVANTAGES = Registry("rl.advantage")
 
+Rows = Float[Array, "g k"]
+Scalar = Float[Array, ""]
+Estimate = tuple[Rows, Rows, Scalar]
 
-def gae(rewards: Float[Array, " k"], values: Float[Array, " k"], mask: Bool[Array, " k"], discount: Float[Array, ""],
-        gae_lambda: Float[Array, ""]) -> tuple[Float[Array, " k"], Float[Array, " k"]]:
-    r"""Generalised advantage estimation: A_t = \sum_l (\gamma\lambda)^l \delta_{t+l}.
 
-    \delta_t = r_t + \gamma V_{t+1} - V_t. Returns are A + V. Source: Schulman et al. (2016).
+def generalised(rewards: Float[Array, " k"], values: Float[Array, " k"], mask: Bool[Array, " k"], discount: Scalar,
+                gae_lambda: Scalar) -> tuple[Float[Array, " k"], Float[Array, " k"]]:
+    r"""Generalised advantage estimation over one stream: A_t = \sum_l (\gamma\lambda)^l \delta_{t+l}, and A + V.
+
+    \delta_t = r_t + \gamma V_{t+1} - V_t. Source: Schulman et al. (2016).
     """
     values = jnp.where(mask, values, 0.0)
     delta = jnp.where(mask, rewards + discount * jnp.append(values[1:], 0.0) - values, 0.0)
@@ -31,19 +38,72 @@ def gae(rewards: Float[Array, " k"], values: Float[Array, " k"], mask: Bool[Arra
     return advantages, advantages + values
 
 
-def monte_carlo(rewards: Float[Array, " k"], values: Float[Array, " k"], mask: Bool[Array, " k"],
-                discount: Float[Array, ""], gae_lambda: Float[Array, ""]
-                ) -> tuple[Float[Array, " k"], Float[Array, " k"]]:
+def gae(rewards: Rows, values: Rows, mask: Bool[Array, "g k"], discount: Scalar, gae_lambda: Scalar) -> Estimate:
+    """Each stream's generalised advantages; no stream is compared with another."""
+    advantages, returns = jax.vmap(generalised, (0, 0, 0, None, None))(rewards, values, mask, discount, gae_lambda)
+    return advantages, returns, jnp.ones((), advantages.dtype)
+
+
+def monte_carlo(rewards: Rows, values: Rows, mask: Bool[Array, "g k"], discount: Scalar, gae_lambda: Scalar
+                ) -> Estimate:
     r"""A_t = G_t - V_t with the return-to-go G_t = \sum_l \gamma^l r_{t+l}: REINFORCE's, the value head as baseline.
 
     Source: Williams (1992). `gae_lambda` is not used.
     """
     del gae_lambda
-    _, returns = gae(rewards, jnp.zeros_like(values), mask, discount, jnp.float32(1.0))
-    return jnp.where(mask, returns - values, 0.0), returns
+    returns = _returns(rewards, mask, discount)
+    return jnp.where(mask, returns - values, 0.0), returns, jnp.ones((), returns.dtype)
+
+
+def leave_one_out(rewards: Rows, values: Rows, mask: Bool[Array, "g k"], discount: Scalar, gae_lambda: Scalar
+                  ) -> Estimate:
+    r"""A_i = R_i - mean_{j \ne i} R_j for each token of stream i, R the whole stream's return; 0 in a group of one.
+
+    The baseline does not depend on the stream that it is subtracted from, so the policy gradient is unbiased. It is
+    (R_i - mean R) g / (g - 1). `values` and `gae_lambda` are not used.
+    Sources: Kool, van Hoof and Welling (2019); Ahmadian et al. (2024).
+    """
+    advantages, returns, _ = group_mean(rewards, values, mask, discount, gae_lambda)
+    return len(rewards) / max(len(rewards) - 1, 1) * advantages, returns, jnp.ones((), returns.dtype)
+
+
+def group_mean(rewards: Rows, values: Rows, mask: Bool[Array, "g k"], discount: Scalar, gae_lambda: Scalar
+               ) -> Estimate:
+    """A_i = R_i - mean R for each token of stream i, R the whole stream's return: GRPO's without the deviation.
+
+    A stream is part of its own baseline, so the policy gradient is (g - 1) / g of that of the return: the scale.
+    `values` and `gae_lambda` are not used. Source: Liu et al. (2025), "Understanding R1-Zero-like training".
+    """
+    del values, gae_lambda
+    returns = _returns(rewards, mask, discount)
+    whole = returns[:, :1]
+    return jnp.where(mask, whole - whole.mean(), 0.0), returns, jnp.asarray(1 - 1 / len(rewards), returns.dtype)
+
+
+def group(rewards: Rows, values: Rows, mask: Bool[Array, "g k"], discount: Scalar, gae_lambda: Scalar) -> Estimate:
+    """A_i = (R_i - mean R) / (std R + 1e-4) for each token of stream i, R the whole stream's return; std over g - 1.
+
+    Where all returns are alike, to rounding, there is nothing to scale: advantages are 0, and the KL's price is that of
+    `group_mean`, not 1e4 times it.
+    `values` and `gae_lambda` are not used. Source: Shao et al. (2024), "DeepSeekMath"; 1e-4 and g - 1 as in TRL.
+    """
+    advantages, returns, shrinks = group_mean(rewards, values, mask, discount, gae_lambda)
+    whole = returns[:, 0]
+    deviation = jnp.sqrt(((whole - whole.mean()) ** 2).sum() / max(len(rewards) - 1, 1))
+    scale = jnp.where(deviation > 1e-6 * jnp.abs(whole).max(), 1 / (deviation + 1e-4), 1.0)
+    return scale * advantages, returns, scale * shrinks
+
+
+def _returns(rewards, mask, discount):
+    """Returns-to-go of each stream: generalised advantages with lambda 1 and no values."""
+    nothing, one = jnp.zeros_like(rewards), jnp.ones((), rewards.dtype)
+    return jax.vmap(generalised, (0, 0, 0, None, None))(rewards, nothing, mask, discount, one)[1]
 
 
 ADVANTAGES.register("gae", gae)
+ADVANTAGES.register("group", group)
+ADVANTAGES.register("group_mean", group_mean)
+ADVANTAGES.register("leave_one_out", leave_one_out)
 ADVANTAGES.register("monte_carlo", monte_carlo)
 
 

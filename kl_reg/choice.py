@@ -57,8 +57,8 @@ def truncate(log_probs: Float[Array, " v"], keep) -> Float[Array, " v"]:
     return jax.nn.log_softmax(jnp.where(keep, log_probs, -jnp.inf))
 
 
-def base_log_probs(program, logits: Float[Array, " v"]) -> Float[Array, " v"]:
-    """The base model as it is sampled where the environment lets it write."""
+def student_log_probs(program, logits: Float[Array, " v"]) -> Float[Array, " v"]:
+    """The student as it is sampled."""
     log_probs = jax.nn.log_softmax(logits / program.sampling.temperature)
     return truncate(log_probs, program.sampling.keep(log_probs)) if program.sampling.truncates else log_probs
 

@@ -10,12 +10,15 @@ import math
 import jax.numpy as jnp
 from ml_collections import ConfigDict, config_dict
 
+from kl_reg import losses
 from kl_reg.kl.estimators import KLConfig
 from kl_reg.types import Hyper
 
 HYPER = {"kl.coef": "kl_coef", "kl.target": "kl_target", "kl.horizon": "kl_horizon", "kl.rate": "kl_rate",
          "kl.gain": "kl_gain", "kl.final": "kl_final", "kl.budget": "kl_budget", "kl.turn_budget": "kl_turn_budget",
          "kl.token_budget": "kl_token_budget", "optim.learning_rate": "learning_rate", "rl.clip": "clip",
+         "rl.clip_high": "clip_high", "rl.dual_clip": "dual_clip", "rl.truncation": "truncation",
+         "rl.temperature": "temperature", "rl.value_clip": "value_clip", "rl.stop_kl": "stop_kl",
          "rl.entropy_coef": "entropy_coef", "rl.value_coef": "value_coef", "rl.discount": "discount",
          "rl.gae_lambda": "gae_lambda"}
 """Settings that members of one program may differ in, and their names in `Hyper`."""
@@ -38,36 +41,36 @@ def default() -> ConfigDict:
 
     config.env = ConfigDict()
     config.env.name = "teacher_student"
-    config.env.openings = "fixed"         # "fixed": env.opening; "held_out": it and turns of held-out conversations
+    config.env.openings = "fixed"         # "fixed": env.opening; "held_out": it and turns of held-out conversations;
+    #                                       or a .txt or .jsonl file, a folder or hub name of a dataset, or a dotted
+    #                                       path to a function that makes rows: docs/envs.md
     config.env.opening = "<|start|>"
     config.env.opening_turns = 2
-    config.env.opening_tokens = 48        # longer held-out openings are left out
+    config.env.opening_tokens = 48        # longer openings are left out
+    config.env.split = "train"            # of a dataset
+    config.env.column = "prompt"          # of a dataset or .jsonl file: a text, or the messages of a chat
     config.env.teacher = "A:"
     config.env.student = "B:"
     config.env.end = "\n"
     config.env.markers = "forced"         # "written": whoever has the turn writes the markers, as in the paper
     config.env.length = 64                # tokens of an episode behind its opening
+    config.env.turns = 0                  # of both speakers, at most; 0: as many as fit
+    config.env.student_model = ""         # another model than the base, with the same vocabulary, plays the student
+    config.env.writers = ""               # of "tabular": who writes each token, as "AASA" (S: the base model); "": A
 
     config.reward = ConfigDict()
-    config.reward.name = "vader"          # or "classifier", or a dotted path
-    config.reward.path = ""               # of "classifier": a folder or a hub name
-    config.reward.label = ""              # whose probability is the reward; "": the positive one
+    config.reward.name = "vader"          # or another of docs/rewards.md, a dotted path, or several: "vader,length"
+    config.reward.weights = ()            # of several; (): 1 each
+    config.reward.gold = ""               # measured beside the reward that is trained on: a name, as `name`
+    config.reward.path = ""               # of "classifier" and "log_likelihood" a model, of "table" a .npy file
+    config.reward.label = ""              # of "classifier": whose probability is the reward; "": the positive one
+    config.reward.target = 20             # of "length": tokens
+    config.reward.pattern = ""            # of "regex"
+    config.reward.ngram = 2               # of "distinct"
 
     config.policy, config.kl, config.reference, config.sampling = _policy(), _kl(), _reference(), _sampling()
 
-    config.rl = ConfigDict()
-    config.rl.loss = "ppo_clip"
-    config.rl.advantage = "gae"
-    config.rl.iterations = 50
-    config.rl.episodes = 32               # of each member, an iteration
-    config.rl.epochs = 2
-    config.rl.minibatches = 1
-    config.rl.clip = 0.2
-    config.rl.discount = 1.0
-    config.rl.gae_lambda = 0.95
-    config.rl.normalise = True            # advantages to zero mean and unit deviation; the KL loss by the same factor
-    config.rl.value_coef = 0.5
-    config.rl.entropy_coef = 0.0
+    config.rl = _rl()
 
     config.optim = ConfigDict()
     config.optim.learning_rate = 1e-3
@@ -101,6 +104,33 @@ def _policy():
     policy.spend_init = 0.05       # part of the remaining budget that a token may spend at first
     policy.spend_levels = 16       # of kl.spend="sampled": parts are multiples of one over this
     return policy
+
+
+def _rl():
+    """How rewards become an update. What is None here is as the algorithm has it: docs/algorithms.md."""
+    rl, nothing = ConfigDict(), config_dict.placeholder
+    rl.algorithm = "ppo"               # reinforce, rloo, ppo_dual_clip, grpo, dr_grpo, dapo, gspo, cispo, awr
+    rl.loss = nothing(str)
+    rl.advantage = nothing(str)
+    rl.reduction = nothing(str)        # "token_mean", "sequence_mean" or "fixed_length", of all parts of the loss
+    rl.group = nothing(int)            # episodes with the same opening
+    rl.normalise = nothing(bool)       # advantages to zero mean and unit deviation; the KL loss by the same factor
+    rl.clip = nothing(float)           # ratios are clipped below 1 - clip
+    rl.clip_high = nothing(float)      # and above 1 + clip_high
+    rl.value_coef = nothing(float)
+    rl.iterations = 50
+    rl.episodes = 32                   # of each member, an iteration
+    rl.epochs = 2
+    rl.minibatches = 1
+    rl.stop_kl = nothing(float)        # nats per token from the sampling policy, that end an iteration; None: none do
+    rl.discount = 1.0
+    rl.gae_lambda = 0.95
+    rl.dual_clip = 3.0                 # of "dual_clip": what a negative advantage is multiplied with at most
+    rl.truncation = 2.0                # largest importance weight of "reinforce"; None: no limit
+    rl.temperature = 1.0               # of "awr", reward units
+    rl.value_clip = nothing(float)     # of the value's change in an iteration, reward units; None: none
+    rl.entropy_coef = 0.0
+    return rl
 
 
 def _kl():
@@ -216,6 +246,7 @@ def override(config: ConfigDict, member: dict) -> ConfigDict:
 
 def split(config: ConfigDict) -> tuple[Static, Hyper, int]:
     """One member's (Static, Hyper, seed)."""
+    config = override(config, {f"rl.{key}": value for key, value in losses.resolve(config.rl).items()})
     settings = {key: value for key, value in flat(config).items() if key not in HYPER and key != "seed"}
     values = {name: config[key.split(".")[0]][key.split(".")[1]] for key, name in HYPER.items()}
     constrained = any(config.kl[key.split(".")[1]] is not None for key in BUDGETS)

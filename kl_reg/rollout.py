@@ -79,17 +79,21 @@ class Fixed(NamedTuple):
 
 class Carry(NamedTuple):
     """The episodes between two positions [m, b, ...]: the last `token`, which no model has read yet, whether it is all
-    `over`, the budget ledger, and the states of environment, policy and reference."""
+    `over`, because the agent `asked` for help or the environment ended it, the budget ledger, and the states of
+    environment, policy, reference and student."""
 
     token: Array
     over: Array
+    asked: Array
     ledger: budget.Ledger
     env: object
     policy: object
     reference: object
+    student: object
 
 
-def rollout(program, params, memory, frozen: Frozen, caps: Caps, keys: Array, first: Int[Array, " m"]) -> Episodes:
+def rollout(program, params, memory, frozen: Frozen, caps: Caps, keys: Array, first: Int[Array, " m"],
+            group: Int[Array, ""] | int = 1) -> Episodes:
     """Samples `program.episodes` episodes for each member.
 
     Args:
@@ -98,31 +102,49 @@ def rollout(program, params, memory, frozen: Frozen, caps: Caps, keys: Array, fi
         caps: of each member [m]; only looked at when the program is constrained.
         keys: one a member (`member_keys`).
         first: index of each member's first episode: parts of a larger batch are sampled as the whole would be.
+        group: this many episodes in a row have the same opening.
 
     Returns:
         Episodes [m, b, ...]; the agent stream has room for every token of the episode.
     """
-    fixed, openings, carry = begin(program, params, memory, frozen, caps, episode_keys(keys, first, program.episodes))
+    own, leaders = (episode_keys(keys, first, program.episodes, size) for size in (1, group))
+    chosen = choose_openings(program.env.openings, leaders)
+    fixed, openings, carry = begin(program, params, memory, frozen, caps, own, chosen)
     carry, steps = jax.lax.scan(partial(step, program, fixed), carry, jnp.arange(program.env.length))
-    return _collect(program, openings, jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2), steps), carry.over)
+    return _collect(program, chosen, openings, jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2), steps), carry.asked)
 
 
-def episode_keys(keys: Array, first: Int[Array, " m"], count: int) -> Array:
-    """The keys [m, count] of each member's episodes from `first` on."""
-    return jax.vmap(lambda key, i: jax.vmap(jax.random.fold_in, (None, 0))(key, i + jnp.arange(count)))(keys, first)
+def episode_keys(keys: Array, first: Int[Array, " m"], count: int, group: Int[Array, ""] | int = 1) -> Array:
+    """The keys [m, count] of each member's episodes from `first` on, or of the first one of each one's group."""
+    def one(key, i):
+        return jax.vmap(jax.random.fold_in, (None, 0))(key, (i + jnp.arange(count)) // group * group)
+
+    return jax.vmap(one)(keys, first)
 
 
-def begin(program, params, memory, frozen: Frozen, caps: Caps, keys: Array) -> tuple[Fixed, Openings, Carry]:
-    """Episodes with these keys [m, b] behind their openings, nothing drawn yet; `caps` are of each member [m]."""
+def choose_openings(openings: Openings, keys: Array) -> Int[Array, "m b"]:
+    """Which opening each key draws."""
+    if len(openings.start) == 1:
+        return jnp.zeros(keys.shape, jnp.int32)
+    count = len(openings.start)
+    return _twice(lambda key: jax.random.randint(jax.random.fold_in(key, 2**31 - 1), (), 0, count))(keys)
+
+
+def begin(program, params, memory, frozen: Frozen, caps: Caps, keys: Array, chosen: Int[Array, "m b"]
+          ) -> tuple[Fixed, Openings, Carry]:
+    """Episodes with these keys [m, b] behind the `chosen` openings, nothing drawn yet; `caps` are of each member [m].
+    """
     policy, env, reference = program.policy, program.env, program.reference
-    openings = _choose_openings(env.openings, keys)
+    openings = Openings(jnp.asarray(env.openings.tokens)[chosen], jnp.asarray(env.openings.start)[chosen])
     slots = openings.tokens.shape[-1] + env.length - 1
     caps = jax.tree.map(lambda x: jnp.broadcast_to(x[:, None], keys.shape), caps)
     env_state = jax.tree.map(lambda x: jnp.broadcast_to(x, (*keys.shape, *x.shape)), env.reset())
     state = policy.prefill(params, frozen.base, openings.tokens[..., :-1], openings.start, slots)
     ref_state = reference.prefill(memory, frozen, openings.tokens, openings.start, slots)
-    carry = Carry(openings.tokens[..., -1], jnp.zeros(keys.shape, bool), budget.open_ledger(keys.shape), env_state,
-                  state, ref_state)
+    student = program.student.prefill(frozen.student, openings.tokens[..., :-1], openings.start, slots)
+    nothing = jnp.zeros(keys.shape, bool)
+    carry = Carry(openings.tokens[..., -1], nothing, nothing, budget.open_ledger(keys.shape), env_state, state,
+                  ref_state, student)
     return Fixed(params, memory, frozen, caps, keys, openings.start), openings, carry
 
 
@@ -139,11 +161,13 @@ def step(program, fixed: Fixed, carry: Carry, position: Int[Array, ""], said: In
     at = fixed.start, program.env.openings.tokens.shape[-1] - 1 + position
     features, state = policy.decode(fixed.params, frozen.base, carry.token, *at, carry.policy)
     seen, ref_state = reference.decode(fixed.memory, frozen, carry.token, *at, carry.reference)
+    hidden, student = program.student.decode(frozen.student, carry.token, *at, carry.student)
     role, forced = _twice(env.turn)(carry.env)
     if said is not None:
         role = jnp.where((said >= 0) & (role == AGENT), FORCED, role)
         forced = jnp.where(said >= 0, said, forced)
-    agent = (role == AGENT) & ~carry.over
+    over, asked = carry.over | (role == PAD), carry.asked
+    agent = (role == AGENT) & ~over
     ledger = budget.enter(carry.ledger, jnp.where(agent, carry.env.turn, carry.ledger.turn))
     left = budget.left(fixed.caps, ledger, program.carry)
     situation = Situation(left, budget.part_left(fixed.caps, ledger, left),
@@ -151,19 +175,21 @@ def step(program, fixed: Fixed, carry: Carry, position: Int[Array, ""], said: In
     reading = jax.vmap(policy.read, (0, None, 0, 0))(fixed.params, frozen.base, features, situation)
     read = jax.vmap(reference.read, (0, None, 0, 0, 0, 0))
     measure = read(fixed.memory, frozen, features, seen, situation, reading)
-    over = carry.over
     if program.constrained and not reference.proper:
-        over |= agent & (left < measure.floor)
+        asks = agent & (left < measure.floor)
+        over, asked = over | asks, asked | asks
     role = jnp.where(over, PAD, role)
     token, part, kept, terms, cost = _twice(partial(_draw, program, position))(
-        reading, measure._replace(models=None), left, role, fixed.keys)
+        reading, program.student.logits(frozen.student, hidden, reading), measure._replace(models=None), left, role,
+        fixed.keys)
     given = role == FORCED if said is None else (role == FORCED) | (said >= 0)
     token = jnp.where(given, forced, jnp.where(over, 0, token))
     out = Step(role, jnp.where(over, -1, carry.env.turn), token, part, kept, terms, measure.floor, reading.value,
                ledger.spent, features, seen)
     ledger = budget.charge(ledger, cost, role == AGENT)
     ref_state = reference.observe(ref_state, measure, token)
-    return Carry(token, over, ledger, _twice(env.observe)(carry.env, token), state, ref_state), out
+    env_state = _twice(env.observe)(carry.env, token)
+    return Carry(token, over, asked, ledger, env_state, state, ref_state, student), out
 
 
 def _twice(function: Callable) -> Callable:
@@ -171,31 +197,23 @@ def _twice(function: Callable) -> Callable:
     return jax.vmap(jax.vmap(function))
 
 
-def _choose_openings(openings: Openings, keys) -> Openings:
-    count = len(openings.start)
-    if count == 1:
-        index = jnp.zeros(keys.shape, jnp.int32)
-    else:
-        index = _twice(lambda key: jax.random.randint(jax.random.fold_in(key, 2**31 - 1), (), 0, count))(keys)
-    return Openings(jnp.asarray(openings.tokens)[index], jnp.asarray(openings.start)[index])
-
-
-def _draw(program, position, reading, measure, left, role, key):
-    """The next token of one row, by the agent or by the base model; how the agent's was limited and what it costs."""
+def _draw(program, position, reading, student, measure, left, role, key):
+    """The next token of one row, by the agent or by the student with these logits; how the agent's was limited and what
+    it costs."""
     agent, key = role == AGENT, jax.random.fold_in(key, position)
     part = choice.part_of(program, reading.spend, choice.draw_part(program, reading.spend, key), position)
     kept = choice.pack(program, measure.log_probs)
     # Nobody else's tokens are constrained: without a limit their tilt takes no steps.
     free = measure._replace(floor=jnp.where(agent, measure.floor, 0.0))
     chosen = choice.constrain(program, free, kept, jnp.where(agent, left, jnp.inf), jnp.where(agent, part, 1.0))
-    log_probs = jnp.where(agent, jax.nn.log_softmax(chosen.logits), choice.base_log_probs(program, reading.base_logits))
+    log_probs = jnp.where(agent, jax.nn.log_softmax(chosen.logits), choice.student_log_probs(program, student))
     token = inverse_cdf(log_probs, jax.random.uniform(key))
     terms, cost = choice.terms_of(program, chosen, token)
     terms = terms._replace(log_prob=terms.log_prob + choice.part_log_prob(program, reading.spend, part))
     return token, part, kept, terms, cost
 
 
-def _collect(program, openings, steps, asked):
+def _collect(program, chosen, openings, steps, asked):
     """Transcript and agent stream from the steps [m, b, t]."""
     written = jax.vmap(jax.vmap(lambda start: jnp.arange(openings.tokens.shape[-1]) >= start))(openings.start)
     roles = jnp.concatenate([jnp.where(written, OPENING, PAD), steps.role], axis=-1)
@@ -208,8 +226,9 @@ def _collect(program, openings, steps, asked):
     zero = lambda x: jnp.where(mask, take(x), 0.0)  # noqa: E731
     terms, floor = jax.tree.map(zero, (steps.terms, steps.floor))
     return Episodes(
-        transcript=Transcript(tokens, roles, turns, openings.start), features=jax.tree.map(take, steps.features),
-        reference=jax.tree.map(take, steps.seen), kept=jax.tree.map(take, steps.kept),
+        transcript=Transcript(tokens, roles, turns, openings.start, chosen),
+        features=jax.tree.map(take, steps.features), reference=jax.tree.map(take, steps.seen),
+        kept=jax.tree.map(take, steps.kept),
         slot=jnp.where(mask, order + openings.tokens.shape[-1], 0), action=jnp.where(mask, take(steps.token), 0),
         part=zero(steps.part), mask=mask, log_prob=terms.log_prob, log_ratio=terms.log_ratio, kl=terms.kl,
         estimate=jnp.where(mask, program.kl.value(terms, -jnp.expm1(-floor)), 0.0), forward_kl=terms.forward_kl,

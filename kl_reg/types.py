@@ -30,6 +30,7 @@ class Transcript(NamedTuple):
     roles: Int[Array, "b s"]
     turns: Int[Array, "b s"]        # -1 in the opening and in padding
     start: Int[Array, " b"]         # first slot that is no padding
+    opening: Int[Array, " b"] | None = None     # which of the environment's; None: of none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +103,13 @@ class Hyper(NamedTuple):
     kl_turn_budget: Float[Array, ""]       # nats per turn of the agent; infinite: none
     kl_token_budget: Float[Array, ""]      # nats per token of the agent; infinite: none
     learning_rate: Float[Array, ""]
-    clip: Float[Array, ""]
+    clip: Float[Array, ""]                 # ratios are clipped below 1 - clip
+    clip_high: Float[Array, ""]            # and above 1 + clip_high
+    dual_clip: Float[Array, ""]            # what a negative advantage is multiplied with at most, of "dual_clip"
+    truncation: Float[Array, ""]           # largest importance weight, where a loss weighs with pi / pi_old
+    temperature: Float[Array, ""]          # of "awr", reward units
+    value_clip: Float[Array, ""]           # reward units; infinite: none
+    stop_kl: Float[Array, ""]              # nats per token from the sampling policy; infinite: no early stop
     entropy_coef: Float[Array, ""]
     value_coef: Float[Array, ""]
     discount: Float[Array, ""]
@@ -121,10 +128,12 @@ class TrainState(NamedTuple):
 
 
 class Frozen(NamedTuple):
-    """Parameters that training never changes: the base model's, and those of the reference where it has its own."""
+    """Parameters that training never changes: the base model's, and those of reference and student where they have
+    their own."""
 
     base: object
     reference: object = ()
+    student: object = ()
 
 
 class WeightedMetric(NamedTuple):

@@ -11,6 +11,7 @@ from kl_reg.choice import SPENDS
 from kl_reg.config import BUDGETS, HYPER, default, flat, kl_config, members, override
 from kl_reg.kl import controllers, estimators
 from kl_reg.kl.references import CUTS
+from kl_reg.losses import reductions
 from kl_reg.models import policy, reference, weights
 
 _SHARED = ("sweep", "model", "env", "reward", "sampling", "evaluation", "checkpoint", "log", "rl.iterations")
@@ -18,10 +19,14 @@ _SHARED = ("sweep", "model", "env", "reward", "sampling", "evaluation", "checkpo
 
 _AT_LEAST_ONE = ("rl.iterations", "rl.episodes", "rl.epochs", "rl.minibatches", "env.length", "policy.layers",
                  "policy.hidden", "policy.rank", "policy.spend_levels", "evaluation.episodes", "checkpoint.every",
-                 "checkpoint.keep", "optim.warmup", "reference.every")
+                 "checkpoint.keep", "optim.warmup", "reference.every", "rl.group", "env.opening_tokens")
 _NOT_NEGATIVE = ("kl.coef", "kl.target", "kl.horizon", "kl.rate", "kl.gain", "kl.final", "sampling.top_k", "rl.clip",
-                 "rl.value_coef", "rl.entropy_coef", "optim.learning_rate", "optim.max_grad_norm", "optim.final",
-                 "seed", "env.opening_turns", "policy.alpha")
+                 "rl.clip_high", "rl.value_coef", "rl.entropy_coef", "env.turns", "env.opening_turns", "policy.alpha",
+                 "optim.learning_rate", "optim.max_grad_norm", "optim.final", "seed")
+_RELATIVE = ("leave_one_out", "group", "group_mean")
+"""Advantages that compare the episodes of a group."""
+
+_LIMITS = ("rl.stop_kl", "rl.truncation", "rl.value_clip")
 _PARTS = ("rl.discount", "rl.gae_lambda", "policy.spend_init", "reference.decay", "reference.alpha",
           "sampling.min_p")
 
@@ -47,9 +52,11 @@ def validate(config: ConfigDict) -> None:
 
 
 def _validate_member(config):
+    config = override(config, {f"rl.{key}": value for key, value in losses.resolve(config.rl).items()})
     values = flat(config)
     given = [key for key in BUDGETS if values[key] is not None]
-    for key in (*_AT_LEAST_ONE, *_NOT_NEGATIVE, *_PARTS, *given):
+    limits = [key for key in _LIMITS if values[key] is not None]
+    for key in (*_AT_LEAST_ONE, *_NOT_NEGATIVE, *_PARTS, *given, *limits):
         value, low = values[key], 1 if key in _AT_LEAST_ONE else 0
         if not math.isfinite(value) or value < low:
             raise ValueError(f"{key}={value!r} must be a number of at least {low}")
@@ -61,16 +68,14 @@ def _validate_member(config):
         raise ValueError(f"model.dtype={config.model.dtype!r}: choose 'float32' or 'bfloat16'")
     if config.model.quantize not in ("", "int8"):
         raise ValueError(f"model.quantize={config.model.quantize!r}: choose '' or 'int8'")
-    if config.rl.episodes % config.rl.minibatches:
-        raise ValueError(f"rl.episodes={config.rl.episodes} must be a multiple of "
-                         f"rl.minibatches={config.rl.minibatches}")
+    _validate_algorithm(config.rl)
     _validate_policy(config)
     _validate_kl(config, values, given)
     _validate_sampling(config)
     _validate_reference(config)
-    for registry, name in ((losses.LOSSES, config.rl.loss), (advantages.ADVANTAGES, config.rl.advantage),
-                           (envs.ENVIRONMENTS, config.env.name)):
-        registry[name]  # noqa: B018 - raises for an unknown name
+    if config.env.student_model:
+        _fitting_model(config, "env.student_model", config.env.student_model)
+    envs.ENVIRONMENTS[config.env.name]  # noqa: B018 - raises for an unknown name
     rewards.check(config.reward)
     shapes = weights.load_config(config.model.path, config.model.dtype)
     if config.policy.kind == "lora":
@@ -79,6 +84,21 @@ def _validate_member(config):
         raise ValueError(f"policy.layers={config.policy.layers}: the model has {shapes.layers} layers")
     if config.env.length > shapes.max_position:
         raise ValueError(f"env.length={config.env.length}: longer than the model's context of {shapes.max_position}")
+
+
+def _validate_algorithm(rl):
+    for registry, name in ((losses.LOSSES, rl.loss), (advantages.ADVANTAGES, rl.advantage),
+                           (reductions.REDUCTIONS, rl.reduction)):
+        registry[name]  # noqa: B018 - raises for an unknown name
+    for key in ("minibatches", "group"):
+        if rl.episodes % rl[key]:
+            raise ValueError(f"rl.episodes={rl.episodes} must be a multiple of rl.{key}={rl[key]}")
+    if rl.group == 1 and rl.advantage in _RELATIVE:
+        raise ValueError(f"rl.advantage={rl.advantage!r} compares episodes with the same opening: rl.group must be at "
+                         "least 2")
+    for key, low in (("dual_clip", 1 + rl.clip_high), ("temperature", 0)):
+        if not (math.isfinite(rl[key]) and rl[key] > low):
+            raise ValueError(f"rl.{key}={rl[key]!r} must be a number above {low:g}")
 
 
 def _validate_policy(config):
@@ -154,25 +174,27 @@ def _validate_reference(config):
     for path in settings.paths:
         if runs.parse(path):
             _validate_run(config, path)
-        else:
-            _validate_model(config, path)
+            continue
+        try:
+            shapes = _fitting_model(config, "reference.paths", path)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"reference.paths: {path!r} is neither a run's member (runs/x:0@60) nor a model "
+                                    f"folder ({error})") from None
+        if shapes != weights.load_config(config.reference.paths[0]):
+            raise ValueError(f"reference.paths: {path!r} has another shape than {config.reference.paths[0]!r}; the "
+                             "models of one reference are stacked")
 
 
-def _validate_model(config, path):
-    try:
-        shapes = weights.load_config(path)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"reference.paths: {path!r} is neither a run's member (runs/x:0@60) nor a model folder "
-                                f"({error})") from None
+def _fitting_model(config, setting, path):
+    """Its shapes; raises where it cannot read the base model's transcripts."""
+    shapes = weights.load_config(path)
     if weights.vocabulary(path) != weights.vocabulary(config.model.path):
-        raise ValueError(f"reference.paths: {path!r} has another tokenizer or vocabulary than model.path="
-                         f"{config.model.path!r}; KL needs one vocabulary")
+        raise ValueError(f"{setting}: {path!r} has another tokenizer or vocabulary than model.path="
+                         f"{config.model.path!r}; all models of an experiment need one vocabulary")
     if shapes.max_position < config.env.length:
-        raise ValueError(f"reference.paths: {path!r} has a context of {shapes.max_position} tokens; env.length is "
+        raise ValueError(f"{setting}: {path!r} has a context of {shapes.max_position} tokens; env.length is "
                          f"{config.env.length}")
-    if shapes != weights.load_config(config.reference.paths[0]):
-        raise ValueError(f"reference.paths: {path!r} has another shape than {config.reference.paths[0]!r}; the models "
-                         "of one reference are stacked")
+    return shapes
 
 
 def _validate_run(config, path):

@@ -14,6 +14,7 @@ import codecs
 import contextlib
 import signal
 import sys
+from functools import partial
 
 from launch import command
 
@@ -136,14 +137,14 @@ def _read(console, args, one, colour):
 def _talk(console, args, one, colour):
     """The person is the student, or the user."""
     from kl_reg.analysis import conversation, solo, terminal
-    from kl_reg.models import tokenizer
+    from kl_reg.models import folders, tokenizer
 
     with contextlib.suppress(ImportError):      # lines can be edited and recalled, where the platform has it
         import readline  # noqa: F401
 
     folder, env, (title, shown) = one.model.folder, one.team.program.env, solo.SHOWN[colour]
-    words, ends = tokenizer.load(folder), frozenset() if one.is_run else solo.ends(folder)
-    manners = (conversation.as_user(lambda messages: tokenizer.chat(folder, messages), ends) if args.chat
+    words, ends = tokenizer.load(folder), frozenset() if one.is_run else folders.ends(folder)
+    manners = (conversation.as_user(partial(tokenizer.chat, words), ends) if args.chat
                else conversation.as_student(one.config.env, env, words, ends))
     longest = one.model.config.max_position - manners.env.openings.tokens.shape[1]
     one = _in(one, manners.env, args.length or (env.length if one.is_run else min(longest, _LONGEST)))

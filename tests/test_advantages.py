@@ -8,9 +8,12 @@ from hypothesis import strategies as st
 
 from kl_reg.advantages import ADVANTAGES, normalise
 
-STREAM = st.lists(st.tuples(*[st.floats(-5, 5, width=32)] * 2), min_size=1, max_size=6)
+NUMBER = st.floats(-5, 5, width=32)
+STREAM = st.lists(st.tuples(NUMBER, NUMBER), max_size=6)                # (reward, value) of each token
+GROUP = st.tuples(STREAM, STREAM, STREAM)
 PART = st.floats(0, 1, width=32)
-WIDTHS = (6, 7, 11)
+COMPARED = ("group", "group_mean", "leave_one_out")                     # with the other streams of the group
+ALONE = sorted(set(ADVANTAGES.names()) - set(COMPARED))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -22,75 +25,144 @@ def strict_dtypes():
 COMPILED = {name: jax.jit(lambda *args, name=name: ADVANTAGES[name](*args)) for name in ADVANTAGES.names()}
 
 
-def estimate(name, rewards, values, discount, gae_lambda, width=None, tail=0.0):
-    """(advantages, returns), the stream padded with `tail` to `width`."""
-    count, width = len(rewards), width or len(rewards)
-    padded = [jnp.array([*x, *[tail] * (width - count)], jnp.float32) for x in (rewards, values)]
-    out = COMPILED[name](*padded, jnp.arange(width) < count, jnp.float32(discount), jnp.float32(gae_lambda))
+def estimate(name, streams, discount=1.0, gae_lambda=1.0, width=6, tail=0.0):
+    """(advantages, returns, scale) of a group; streams of (reward, value), padded with `tail` to `width`."""
+    padded = np.full((2, len(streams), width), tail, np.float32)
+    for row, stream in enumerate(streams):
+        padded[:, row, :len(stream)] = np.array(stream, np.float32).reshape(-1, 2).T
+    mask = np.arange(width) < np.array([len(stream) for stream in streams])[:, None]
+    out = COMPILED[name](jnp.array(padded[0]), jnp.array(padded[1]), jnp.array(mask), jnp.float32(discount),
+                         jnp.float32(gae_lambda))
     return [np.asarray(x) for x in out]
 
 
-def loop(rewards, values, discount, gae_lambda):
+def rewarded(*rewards):
+    """A stream of values 0."""
+    return [(reward, 0.0) for reward in rewards]
+
+
+def loop(stream, discount, gae_lambda):
     """The definition: A_t is the (discount * lambda)-weighted sum of all later one-step errors, in float64."""
-    count, values = len(rewards), [*values, 0.0]
-    errors = [rewards[t] + discount * values[t + 1] - values[t] for t in range(count)]
+    count, values = len(stream), [value for _, value in stream] + [0.0]
+    errors = [reward + discount * values[t + 1] - values[t] for t, (reward, _) in enumerate(stream)]
     advantages = [sum((discount * gae_lambda) ** (later - t) * errors[later] for later in range(t, count))
                   for t in range(count)]
     return advantages, [a + v for a, v in zip(advantages, values, strict=False)]
 
 
+THREE = [(1, 0.5), (0, 1), (2, 1.5)]
+
+
 def test_gae_by_hand():
     # errors: 1 + 0.9 * 1 - 0.5 = 1.4, 0 + 0.9 * 1.5 - 1 = 0.35, 2 - 1.5 = 0.5; each step back weighs 0.45
-    advantages, returns = estimate("gae", [1, 0, 2], [0.5, 1, 1.5], 0.9, 0.5)
-    np.testing.assert_allclose(advantages, [1.65875, 0.575, 0.5], rtol=1e-6)
-    np.testing.assert_allclose(returns, [2.15875, 1.575, 2.0], rtol=1e-6)
+    advantages, returns, scale = estimate("gae", [THREE, THREE[2:]], 0.9, 0.5, width=3)
+    np.testing.assert_allclose(advantages, [[1.65875, 0.575, 0.5], [0.5, 0, 0]], rtol=1e-6)
+    np.testing.assert_allclose(returns, [[2.15875, 1.575, 2.0], [2.0, 0, 0]], rtol=1e-6)
+    assert scale == 1
 
 
 def test_monte_carlo_by_hand():
     # returns-to-go: 1 + 0.9 * 1.8, 0.9 * 2, 2
-    advantages, returns = estimate("monte_carlo", [1, 0, 2], [0.5, 1, 1.5], 0.9, 0.5)
-    np.testing.assert_allclose(returns, [2.62, 1.8, 2.0], rtol=1e-6)
-    np.testing.assert_allclose(advantages, [2.12, 0.8, 0.5], rtol=1e-6)
+    advantages, returns, scale = estimate("monte_carlo", [THREE, THREE[2:]], 0.9, 0.5, width=3)
+    np.testing.assert_allclose(returns, [[2.62, 1.8, 2.0], [2.0, 0, 0]], rtol=1e-6)
+    np.testing.assert_allclose(advantages, [[2.12, 0.8, 0.5], [0.5, 0, 0]], rtol=1e-6)
+    assert scale == 1
 
 
-@given(STREAM, PART, PART)
-def test_gae_is_the_plain_loops(stream, discount, gae_lambda):
-    rewards, values = zip(*stream, strict=True)
-    advantages, returns = estimate("gae", rewards, values, discount, gae_lambda, width=6)
-    expected, expected_returns = loop(rewards, values, discount, gae_lambda)
-    np.testing.assert_allclose(advantages[:len(stream)], expected, atol=1e-4)
-    np.testing.assert_allclose(returns[:len(stream)], expected_returns, atol=1e-4)
+# returns of whole streams, at a discount of 0.5: 1 + 0.5 * 2, 5, 0 + 0.5 * 0 + 0.25 * 8; their mean is 3
+RETURNS_2_5_2 = [[(1, 9.0), (2, -9.0)], [(5, 9.0)], [(0, 9.0), (0, 9.0), (8, 9.0)]]
 
 
-@given(STREAM, PART)
-def test_gae_at_lambda_one_is_monte_carlo(stream, discount):
-    rewards, values = zip(*stream, strict=True)
-    gae = estimate("gae", rewards, values, discount, 1.0, width=6)
-    monte_carlo = estimate("monte_carlo", rewards, values, discount, 0.3, width=6)
-    np.testing.assert_allclose(gae, monte_carlo, atol=1e-4)
+@pytest.mark.parametrize(("name", "each", "scale"), [
+    ("leave_one_out", [2 - 3.5, 5 - 2, 2 - 3.5], 1), ("group_mean", [-1, 2, -1], 2 / 3),
+    ("group", np.array([-1, 2, -1]) / (3**0.5 + 1e-4), 2 / 3 / (3**0.5 + 1e-4))])      # (1 + 4 + 1) / (3 - 1)
+def test_a_group_by_hand(name, each, scale):
+    advantages, returns, factor = estimate(name, RETURNS_2_5_2, 0.5, 0.3, width=3)
+    mask = [[1, 1, 0], [1, 0, 0], [1, 1, 1]]
+    np.testing.assert_allclose(advantages, np.array(each)[:, None] * mask, rtol=1e-6)
+    np.testing.assert_allclose(returns, [[2, 2, 0], [5, 0, 0], [2, 4, 8]], rtol=1e-6)
+    np.testing.assert_allclose(factor, scale, rtol=1e-6)
 
 
-def test_gae_at_lambda_zero_is_the_one_step_error():
-    advantages, _ = estimate("gae", [1, 0, 2], [0.5, 1, 1.5], 0.9, 0.0)
-    np.testing.assert_allclose(advantages, [1.4, 0.35, 0.5], rtol=1e-6)
+@pytest.mark.parametrize("name", COMPARED)
+def test_a_stream_without_a_token_counts_with_its_return_of_zero(name):
+    streams = [rewarded(1, 2), [], rewarded(6)]
+    advantages, returns, _ = estimate(name, streams)
+    expected, _, _ = estimate(name, [rewarded(1, 2), rewarded(0), rewarded(6)])
+    np.testing.assert_array_equal(advantages[[0, 2]], expected[[0, 2]])
+    assert not advantages[1].any() and not returns[1].any()
+
+
+@pytest.mark.parametrize("name", COMPARED)
+@pytest.mark.parametrize("streams", [[rewarded(1, 2)], [rewarded(0.1)] * 7, [[], [], []], [rewarded(1e4, 0.1)] * 3])
+def test_where_nothing_differs_there_is_no_advantage_and_no_deviation_in_the_scale(name, streams):
+    advantages, returns, scale = estimate(name, streams)
+    np.testing.assert_allclose(advantages, 0, atol=1e-6 * returns.max())
+    np.testing.assert_allclose(scale, 1 if name == "leave_one_out" else 1 - 1 / len(streams), rtol=1e-6)
+
+
+@given(GROUP, PART, PART)
+def test_gae_is_the_plain_loops(streams, discount, gae_lambda):
+    advantages, returns, _ = estimate("gae", streams, discount, gae_lambda)
+    for row, stream in enumerate(streams):
+        expected, expected_returns = loop(stream, discount, gae_lambda)
+        np.testing.assert_allclose(advantages[row, :len(stream)], expected, atol=1e-4)
+        np.testing.assert_allclose(returns[row, :len(stream)], expected_returns, atol=1e-4)
+
+
+@given(GROUP, PART)
+def test_gae_at_lambda_one_is_monte_carlo(streams, discount):
+    gae = estimate("gae", streams, discount, 1.0)
+    monte_carlo = estimate("monte_carlo", streams, discount, 0.3)
+    for ours, theirs in zip(gae, monte_carlo, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+@given(GROUP, PART)
+def test_leave_one_out_is_the_plain_difference(streams, discount):
+    advantages, _, _ = estimate("leave_one_out", streams, discount)
+    whole = [sum(discount**t * reward for t, (reward, _) in enumerate(stream)) for stream in streams]
+    for row, stream in enumerate(streams):
+        others = (sum(whole) - whole[row]) / 2
+        np.testing.assert_allclose(advantages[row, :len(stream)], whole[row] - others, atol=1e-4)
+
+
+@given(GROUP, PART)
+def test_a_group_is_scaled_and_its_mean_is_not(streams, discount):
+    mean, (scaled, _, scale) = estimate("group_mean", streams, discount)[0], estimate("group", streams, discount)
+    np.testing.assert_allclose(scaled, 1.5 * scale * mean, rtol=1e-4, atol=1e-5)      # (g - 1) / g apart
+    whole = np.array([sum(discount**t * reward for t, (reward, _) in enumerate(stream)) for stream in streams])
+    if whole.std() > 1e-2:
+        np.testing.assert_allclose(1.5 * scale, 1 / (whole.std(ddof=1) + 1e-4), rtol=1e-2)
 
 
 @pytest.mark.parametrize("name", ADVANTAGES.names())
-@given(stream=STREAM, discount=PART, gae_lambda=PART, tail=st.sampled_from([0.0, 3.0, -1e6, float("nan")]))
-def test_what_stands_behind_the_stream_changes_nothing(name, stream, discount, gae_lambda, tail):
-    rewards, values = zip(*stream, strict=True)
-    expected = estimate(name, rewards, values, discount, gae_lambda, width=WIDTHS[0])
-    for width in WIDTHS[1:]:
-        padded = estimate(name, rewards, values, discount, gae_lambda, width, tail)
-        for ours, theirs in zip(padded, expected, strict=True):
-            np.testing.assert_array_equal(ours[:len(stream)], theirs[:len(stream)])
-            assert not ours[len(stream):].any()
+@given(streams=GROUP, discount=PART, gae_lambda=PART, tail=st.sampled_from([0.0, 3.0, -1e6, float("nan")]))
+def test_what_stands_behind_a_stream_changes_nothing(name, streams, discount, gae_lambda, tail):
+    expected = estimate(name, streams, discount, gae_lambda)
+    padded = estimate(name, streams, discount, gae_lambda, 9, tail)
+    assert padded[2] == expected[2]
+    mask = np.arange(9) < np.array([len(stream) for stream in streams])[:, None]
+    for ours, theirs in zip(padded[:2], expected[:2], strict=True):
+        np.testing.assert_array_equal(ours[:, :6], theirs)
+        assert ours.dtype == np.float32 and not ours[~mask].any()
 
 
 @pytest.mark.parametrize("name", ADVANTAGES.names())
-def test_a_reward_of_the_last_token_reaches_the_first(name):
-    advantages, _ = estimate(name, [0, 0, 0, 1], [0, 0, 0, 0], 1.0, 0.95)
-    assert (advantages > 0.8).all()
+def test_a_reward_of_the_last_token_reaches_the_first_of_its_stream_alone(name):
+    advantages, _, _ = estimate(name, [rewarded(0, 0, 0, 1), rewarded(0, 0), rewarded(0, 0, 0)], 1.0, 0.95)
+    assert (advantages[0, :4] > 0.6).all()
+    assert (advantages[1:] <= 0).all()
+    if name in ALONE:
+        assert not advantages[1:].any()
+
+
+@pytest.mark.parametrize("name", ADVANTAGES.names())
+def test_the_order_of_streams_does_not_matter(name):
+    order, forward = [2, 0, 1], estimate(name, RETURNS_2_5_2, 0.9, 0.5)
+    turned = estimate(name, [RETURNS_2_5_2[row] for row in order], 0.9, 0.5)
+    np.testing.assert_allclose(turned[0], forward[0][order], rtol=1e-5)
+    np.testing.assert_allclose(turned[2], forward[2], rtol=1e-5)
 
 
 def batch():

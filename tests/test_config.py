@@ -147,7 +147,7 @@ def test_a_reward_function_needs_no_other_reward_and_its_run_can_be_configured_a
     assert config.reward.path == "/nowhere"                         # the caller's own
     again = config.copy_and_resolve_references()
     again.update(stopped.value.args[0]["config"])
-    assert again.reward.to_dict() == {"name": f"{__name__}.reward_of_length", "path": "", "label": ""}
+    assert again.reward.to_dict() == {**configs.default().reward.to_dict(), "name": f"{__name__}.reward_of_length"}
     validation.validate(again)
 
 

@@ -22,10 +22,10 @@ from hypothesis import strategies as st
 
 from kl_reg import config as configs
 from kl_reg import rollout
-from kl_reg.models import decoder, weights
+from kl_reg.models import decoder, student, weights
 from kl_reg.training import program as programs
 from kl_reg.training import step
-from kl_reg.types import AGENT, FORCED, OPENING, STUDENT, Episodes, Frozen, Hyper, Openings
+from kl_reg.types import AGENT, FORCED, OPENING, PAD, STUDENT, Episodes, Frozen, Hyper, Openings
 
 BUDGETS = (0.0, 0.1, 3.0, 20.0)
 KINDS = [(kind, constrained) for kind in ("head", "full") for constrained in (False, True)]
@@ -254,6 +254,52 @@ def test_left_padding_of_the_opening_changes_nothing(case):
     np.testing.assert_array_equal(jnp.where(got.mask, got.slot - 3, 0), plain.episodes.slot)
 
 
+@pytest.mark.parametrize("first", [0, 4])
+def test_the_episodes_of_a_group_have_one_opening(case, first):
+    """Of eight openings; in groups of one they are those of the groups' first episodes."""
+    plain = case("head", False)
+    tokens = np.repeat(plain.program.env.openings.tokens, 8, axis=0)
+    tokens[:, 0] = np.arange(8)
+    openings = Openings(tokens, np.repeat(plain.program.env.openings.start, 8))
+    program = plain.program._replace(env=plain.program.env._replace(openings=openings, length=2))
+    sample = programs.compile_program(program).sample
+    given = plain.params, (), plain.hyper, plain.frozen, plain.keys, jnp.full(4, first)
+    single, pairs = (sample(*given, jnp.int32(size)) for size in (1, 2))
+    alone, opening = np.asarray(single.transcript.opening), np.asarray(pairs.transcript.opening)
+    np.testing.assert_array_equal(opening, np.repeat(alone[:, ::2], 2, axis=1))
+    assert (alone[:, 1::2] != alone[:, ::2]).any()
+    np.testing.assert_array_equal(pairs.transcript.tokens[..., 0], opening)
+
+
+def test_nobody_writes_behind_the_end_that_an_environment_makes(case):
+    """Over after three tokens: as without an end up to there, and then padding."""
+    plain = case("head", False)
+    env = plain.program.env
+
+    class State(NamedTuple):
+        env: object
+        turn: jax.Array
+        written: jax.Array
+
+    def turn(state):
+        role, token = env.turn(state.env)
+        return jnp.where(state.written >= 3, PAD, role), token
+
+    def observe(state, token):
+        inner = env.observe(state.env, token)
+        return State(inner, inner.turn, state.written + 1)
+
+    start = env.reset()
+    ending = env._replace(reset=lambda: State(start, start.turn, jnp.int32(0)), turn=turn, observe=observe)
+    got = programs.compile_program(plain.program._replace(env=ending)).sample(
+        plain.params, (), plain.hyper, plain.frozen, plain.keys, jnp.zeros(4, jnp.int32))
+    end = env.openings.tokens.shape[1] + 3
+    np.testing.assert_array_equal(got.transcript.tokens[..., :end], plain.episodes.transcript.tokens[..., :end])
+    np.testing.assert_array_equal(got.transcript.roles[..., :end], plain.episodes.transcript.roles[..., :end])
+    assert (got.transcript.roles[..., end:] == PAD).all() and not got.transcript.tokens[..., end:].any()
+    assert (got.transcript.turns[..., end:] == -1).all() and not got.asked.any()
+
+
 # Transcripts and streams
 
 def walk(tokens, opening, markers):
@@ -305,23 +351,31 @@ def log_probs_without_cache(config, params, tokens):
     return jax.nn.log_softmax(hidden @ decoder.unembedding(params).T)
 
 
-def test_every_token_is_the_draw_of_its_writer(case):
-    """A whole batch recomputed without a cache, a scan or a mask: the finetuned copy's tokens and the base's.
+@pytest.mark.parametrize("own_student", [False, True], ids=["base", "another student"])
+def test_every_token_is_the_draw_of_its_writer(case, own_student):
+    """A whole batch recomputed without a cache, a scan or a mask: the finetuned copy's tokens and the student's.
 
     A token is where the uniform of its key (seed, iteration, episode, position) falls in the writer's distribution.
     """
     full, k = case("full", False), 1
-    episodes = jax.tree.map(lambda x: x[k], full.episodes)
+    episodes, other = full.episodes, full.base
+    if own_student:
+        other = perturb(full.base, 0.5)
+        program = full.program._replace(student=student.other(full.shapes))
+        episodes = programs.compile_program(program).sample(
+            full.params, (), full.hyper, full.frozen._replace(student=other), full.keys, jnp.zeros(4, jnp.int32))
+    episodes = jax.tree.map(lambda x: x[k], episodes)
     tokens, roles = np.asarray(episodes.transcript.tokens), np.asarray(episodes.transcript.roles)
     width = full.program.env.openings.tokens.shape[1]
     own = jax.tree.map(lambda x: x[k], full.params["trunk"])
-    ours, base = (np.asarray(log_probs_without_cache(full.shapes, params, tokens)) for params in (own, full.base))
+    ours, base, theirs = (np.asarray(log_probs_without_cache(full.shapes, params, tokens))
+                          for params in (own, full.base, other))
     key = jax.random.fold_in(jax.random.key(k), 7)
     agent_tokens = 0
     for e, s in itertools.product(range(len(tokens)), range(width, tokens.shape[1])):
         if roles[e, s] == FORCED:
             continue
-        table = (ours if roles[e, s] == AGENT else base)[e, s - 1]
+        table = (ours if roles[e, s] == AGENT else theirs)[e, s - 1]
         uniform = jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, e), s - width))
         assert tokens[e, s] == np.searchsorted(np.cumsum(np.exp(np.float64(table))), float(uniform), side="right")
         agent_tokens += roles[e, s] == AGENT

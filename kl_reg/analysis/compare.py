@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
@@ -14,7 +14,7 @@ from kl_reg import metrics, rollout, runs
 from kl_reg.analysis import sides
 from kl_reg.analysis.divergence import Writer, meanings, measure, summarise
 from kl_reg.analysis.settings import Setting, settings
-from kl_reg.envs.teacher_student import Environment
+from kl_reg.envs.environment import Environment
 from kl_reg.models import folders, tokenizer
 from kl_reg.training import step, sweep
 from kl_reg.types import OPENING, PAD, Transcript
@@ -146,8 +146,8 @@ def _row(pair, match, transcript, seed, speaker, functions):
     both = tuple(team for team, _ in places)
     if both not in functions:
         functions[both] = jax.jit(partial(measure, programs))
-    writers = tuple(_writer(team, i) for team, (_, i) in zip(teams, places, strict=True))
-    numbers = _batched(partial(functions[both], writers), transcript, seed)
+    writers = tuple(writer_of(team, i) for team, (_, i) in zip(teams, places, strict=True))
+    numbers = batched(partial(functions[both], writers), transcript, seed)
     behind = transcript.tokens.shape[1] - env.length
     return {name: _policy(side, number) for name, side, number in zip("ab", pair, match, strict=True)} | summarise(
         numbers, transcript.roles[:, behind:], transcript.turns[:, behind:])
@@ -176,12 +176,13 @@ def settings_of(workdir: pathlib.Path) -> list[Setting]:
     return settings(rows, config, stored["base"], {i: stored["references"][str(i)] for i in range(len(rows))})
 
 
-def _writer(team, i):
+def writer_of(team: sides.Team, i: int) -> Writer:
+    """A team's i-th member."""
     params, memory, hyper = jax.tree.map(lambda x: x[i], (team.params, team.memory, team.hyper))
     return Writer(params, memory, team.frozen, step.caps_of(hyper))
 
 
-def _batched(function, transcript, seed):
+def batched(function: Callable, transcript: Transcript, seed: int) -> np.ndarray:
     """function(transcript, keys) on batches of one size, the last one filled up with the first episodes."""
     count = len(transcript.start)
     size = min(count, _BATCH)

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 
 from kl_reg import rollout
 from kl_reg.analysis.sides import Team
-from kl_reg.envs.teacher_student import Environment
+from kl_reg.envs.environment import Environment
 from kl_reg.models import tokenizer
 from kl_reg.training import step
 from kl_reg.types import AGENT, FORCED, PAD, Openings
@@ -102,7 +102,8 @@ def _together(frozen):
 
 def _start(program, params, memory, frozen, caps, keys):
     """The beginning, without what is large and was given."""
-    fixed, openings, carry = rollout.begin(program, params, memory, _together(frozen), caps, keys)
+    chosen = rollout.choose_openings(program.env.openings, keys)
+    fixed, openings, carry = rollout.begin(program, params, memory, _together(frozen), caps, keys, chosen)
     return fixed._replace(params=(), memory=(), frozen=()), openings, carry
 
 

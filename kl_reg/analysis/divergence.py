@@ -6,6 +6,7 @@ one at the states that somebody else visits.
 """
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -60,6 +61,28 @@ def measure(programs: tuple, writers: tuple[Writer, Writer], transcript: Transcr
     Returns:
         In the order of `QUANTITIES`, nats per token but for the total variation; zero where no agent token is.
     """
+    functions = [DIVERGENCES[name] for name, _, _ in QUANTITIES.values()]
+
+    def divergences(at, first, second):
+        return jax.vmap(lambda p, q: jnp.stack([function(p, q) for function in functions]))(first, second)
+
+    return _along(programs, writers, transcript, keys, divergences)
+
+
+def log_prob(program, writer: Writer, transcript: Transcript, keys: Array) -> Float[Array, " b"]:
+    """log-probability of all that the agent wrote in these episodes, had this policy been the agent; nats.
+
+    Args:
+        program, transcript, keys: see `measure`.
+    """
+    def said(at, log_probs):
+        return jnp.take_along_axis(log_probs, at.action[:, None], axis=1)
+
+    return _along((program,), (writer,), transcript, keys, said)[..., 0].sum(1)
+
+
+def _along(programs, writers, transcript, keys, numbers_of: Callable) -> Float[Array, "b t n"]:
+    """numbers_of(at, log-probabilities [b, v] of each policy) -> [b, n], at each agent token behind the opening."""
     width = transcript.tokens.shape[1] - programs[0].env.length
     agent = transcript.roles[:, width:] == AGENT
     order = jnp.argsort(~agent, axis=1, stable=True)
@@ -68,21 +91,20 @@ def measure(programs: tuple, writers: tuple[Writer, Writer], transcript: Transcr
                 jax.vmap(lambda key, row: jax.vmap(jax.random.fold_in, (None, 0))(key, row))(keys, order))
     read_from = [jax.tree.map(take, inputs(program, writer, transcript, width))
                  for program, writer in zip(programs, writers, strict=True)]
-    functions = [DIVERGENCES[name] for name, _, _ in QUANTITIES.values()]
 
     def read(ledgers, at, read_from):
         new = [_next(*side, at) for side in zip(programs, writers, ledgers, read_from, strict=True)]
-        (first, second), ledgers = zip(*new, strict=True)
-        numbers = jax.vmap(lambda p, q: jnp.stack([function(p, q) for function in functions]))(first, second)
-        return ledgers, jnp.where(at.mask[:, None], numbers, 0.0)
+        log_probs, ledgers = zip(*new, strict=True)
+        return ledgers, jnp.where(at.mask[:, None], numbers_of(at, *log_probs), 0.0)
 
     def position(ledgers, xs):
         index, at, read_from = xs
-        nothing = lambda ledgers, *_: (ledgers, jnp.zeros((len(keys), len(functions))))  # noqa: E731
+        shape = jax.eval_shape(read, ledgers, at, read_from)[1]
+        nothing = lambda ledgers, *_: (ledgers, jnp.zeros(shape.shape, shape.dtype))  # noqa: E731
         return jax.lax.cond(index < agent.sum(1).max(), read, nothing, ledgers, at, read_from)
 
     xs = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (stream, read_from))
-    ledgers = (budget.open_ledger((len(keys),)),) * 2
+    ledgers = (budget.open_ledger((len(keys),)),) * len(programs)
     _, numbers = jax.lax.scan(position, ledgers, (jnp.arange(agent.shape[1]), *xs))
     return jnp.take_along_axis(jnp.moveaxis(numbers, 0, 1), jnp.argsort(order, axis=1)[..., None], axis=1)
 

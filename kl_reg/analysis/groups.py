@@ -56,7 +56,7 @@ def token_groups(tokenizer: Tokenizer, end: str, expressions: Mapping[str, str])
     """Decides once for each token of the vocabulary, by its text as it decodes on its own.
 
     Args:
-        end: the environment's end marker; one that takes several tokens is in none of them.
+        end: the environment's end marker; one that takes several tokens is in none of them. "": there is none.
         expressions: of the user's groups, by name.
 
     Raises:
@@ -64,7 +64,7 @@ def token_groups(tokenizer: Tokenizer, end: str, expressions: Mapping[str, str])
     """
     patterns = compile_expressions(expressions)
     texts = [content.decode(errors="replace") for content in token_bytes(tokenizer)]
-    kind = [_END if end in text else _PUNCTUATION if _is_punctuation(text) else _OTHER for text in texts]
+    kind = [_END if end and end in text else _PUNCTUATION if _is_punctuation(text) else _OTHER for text in texts]
     found = np.zeros((len(patterns), len(texts) + 1), bool)
     for row, pattern in zip(found, patterns.values(), strict=True):
         row[:-1] = [pattern.search(text) is not None for text in texts]

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from kl_reg.envs.teacher_student import Reply
+from kl_reg.envs.environment import Reply
 from kl_reg.types import AGENT, OPENING, STUDENT, Episodes
 
 

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
 from kl_reg import config as configs
-from kl_reg import rollout, runs
+from kl_reg import losses, rollout, runs
 from kl_reg.models import decoder, policy, quantize, reference, tokenizer, weights
 from kl_reg.models.actor import Situation
 from kl_reg.models.policy import Policy, Reading, TwinFeatures
@@ -145,7 +145,7 @@ def _open_run(name, address, config, model, openings, batch):
 
 def _plan(name, config, model, openings):
     try:
-        return sweep.plan(config, model)
+        return sweep.plan(config, model, losses.LOSSES["reinforce"])     # nothing is trained: its own may be gone
     except ValueError as error:
         hint = "; --openings run keeps the run's own opening" if openings == "held_out" else ""
         raise ValueError(f"{name}: {error}{hint}") from None
@@ -172,7 +172,7 @@ def _open_model(name, model, run, openings, batch, changes):
     run's base, once for each way in which members sample; without one it plays both, in the default environment."""
     if run:
         config, base = run.config, run.model
-        starts = {team.program.sampling: team.program for team in run.teams}
+        starts = {team.program.sampling: (team.program, team.frozen.student) for team in run.teams}
     else:
         config, base = configs.default(), model
         config.model.path = str(model.folder)
@@ -181,7 +181,7 @@ def _open_model(name, model, run, openings, batch, changes):
             _held_out_openings(config, model)       # in the room that `changes` leave
             config.env.update(changes)              # with the opening that they name
         try:
-            starts = {None: programs.build(configs.split(config)[0], model)}
+            starts = {None: (programs.build(configs.split(config)[0], model), ())}
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
     if run and name != "base":
@@ -191,11 +191,11 @@ def _open_model(name, model, run, openings, batch, changes):
         params = agent.init(jax.random.key(0), base.params)
     hyper, params = jax.tree.map(lambda x: x[None], (configs.split(configs.default())[1], params))
     teams = []
-    for start in starts.values():
+    for start, student in starts.values():
         plain = start._replace(policy=agent, constrained=False, spend="neuron", episodes=batch,
                                reference=reference.build(ConfigDict({"name": "base"}), agent, start.sampling, None))
-        teams.append(Team([len(teams)], plain, programs.compile_program(plain).sample, Frozen(base.params), hyper,
-                          params, ()))
+        frozen = Frozen(base.params, student=student)
+        teams.append(Team([len(teams)], plain, programs.compile_program(plain).sample, frozen, hyper, params, ()))
     return Side(name, "base" if name == "base" else "model", None, model, config, teams, None)
 
 

@@ -1,8 +1,6 @@
 """One policy by itself, a member of a run or a model: what `python -m launch.sample` reads and talks to."""
 from __future__ import annotations
 
-import json
-import pathlib
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -15,7 +13,7 @@ from kl_reg import config as configs
 from kl_reg import rewards, runs
 from kl_reg.analysis import compare, sides
 from kl_reg.analysis.sides import Side, Team
-from kl_reg.envs.teacher_student import Environment
+from kl_reg.envs.environment import Environment
 from kl_reg.models import folders, tokenizer, weights
 from kl_reg.rewards import replies
 from kl_reg.training import program as programs
@@ -100,15 +98,6 @@ def in_env(team: Team, env: Environment) -> Team:
     return team._replace(program=program, sample=programs.compile_program(program).sample)
 
 
-def ends(folder: pathlib.Path) -> frozenset[int]:
-    """The tokens with which a model says that it has ended (`eos_token_id`, of generation_config.json too)."""
-    found = []
-    for file in (folder / "config.json", folder / "generation_config.json"):
-        number = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
-        found += number if isinstance(number, list) else [] if number is None else [number]
-    return frozenset(found)
-
-
 def sample(team: Team, count: int, seed: int) -> Episodes:
     """`count` episodes [count, ...] of a team of one (`sides.sample`)."""
     return jax.tree.map(lambda x: x[0], sides.sample(team, count, seed))
@@ -129,5 +118,5 @@ def returns(solo: Solo, episodes: Episodes) -> Float[np.ndarray, " b"]:
         ValueError, FileNotFoundError: the reward function cannot be had.
     """
     turns = solo.team.program.env.read(episodes.transcript)
-    scores = replies.score_replies(rewards.build(solo.config.reward), turns)
+    scores = rewards.score(rewards.build(solo.config.reward), turns).total
     return replies.credit(turns, scores, episodes.slot, episodes.mask)[1]

@@ -9,12 +9,12 @@ Only what a turn's own tokens say can end it, forced prefixes not among them; wi
 token of the turn before has behind its terminator (":\n" is one token in many vocabularies) belongs to the turn, too.
 
 The student's replies are rewarded one by one; a reply that the end of the episode cuts is worth 0, and the return is
-the sum. Source: Cohen, Hutter, Bengio and Russell (2024), "RL, but don't do anything I wouldn't do".
+the sum. With `env.turns` the episode is over behind that many turns of both. Source: Cohen, Hutter, Bengio and Russell
+(2024), "RL, but don't do anything I wouldn't do".
 """
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -24,10 +24,12 @@ from jaxtyping import Array, Int
 from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
+from kl_reg.envs import prompts
+from kl_reg.envs.environment import Environment, Reply
 from kl_reg.models import tokenizer as text
 from kl_reg.models.folders import EMBEDDED
 from kl_reg.models.markers import finder
-from kl_reg.types import AGENT, FORCED, STUDENT, Openings, Transcript
+from kl_reg.types import AGENT, FORCED, PAD, STUDENT
 
 
 class EnvState(NamedTuple):
@@ -40,40 +42,13 @@ class EnvState(NamedTuple):
     found: Int[Array, ""]
 
 
-class Reply(NamedTuple):
-    """A turn in a recorded batch. `end` is its last slot; `ids` are the tokens that begin before its terminator, `text`
-    what it says before it, stripped; `finished` whether it reached it."""
-
-    episode: int
-    turn: int
-    role: int
-    end: int
-    ids: list[int]
-    text: str
-    prompt: str
-    finished: bool
-
-
-class Environment(NamedTuple):
-    """Three pure functions of one episode, its openings, and a reader of recorded transcripts (on the host).
-
-    reset() -> state; turn(state) -> (role, forced token), who writes the next token; observe(state, token) -> state.
-    """
-
-    reset: Callable
-    turn: Callable
-    observe: Callable
-    openings: Openings
-    length: int
-    read: Callable[[Transcript], list[Reply]]
-
-
-def teacher_student(config: ConfigDict, tokenizer: Tokenizer) -> Environment:
-    """Builds the environment from `config.env`.
+def teacher_student(config: ConfigDict, tokenizer: Tokenizer, eos: frozenset[int] = frozenset()) -> Environment:
+    """Builds the environment from `config.env`; `eos` ends nothing.
 
     Raises:
-        ValueError: a marker or an opening that gives no tokens, a marker that the tokenizer cannot write, or unknown
-            `markers` or `openings`.
+        ValueError: a marker or an opening that gives no tokens, a marker that the tokenizer cannot write, unknown
+            `markers`, or openings that cannot be used.
+        FileNotFoundError, ImportError: see `prompts.read`.
     """
     _, teacher, student = (text.marker_ids(tokenizer, f"env.{name}", config[name])
                            for name in ("end", "teacher", "student"))
@@ -92,7 +67,8 @@ def teacher_student(config: ConfigDict, tokenizer: Tokenizer) -> Environment:
         token = lambda queue: queue[jnp.maximum(len(queue) - state.queue, 0)]  # noqa: E731
         forced_token = jnp.where(agent, token(queues[1]), token(queues[0]))
         role = jnp.where(state.queue > 0, FORCED, jnp.where(agent, AGENT, STUDENT))
-        return role, forced_token
+        over = config.turns > 0 and state.turn >= config.turns
+        return jnp.where(over, PAD, role), forced_token
 
     def observe(state, token):
         was_forced = state.queue > 0
@@ -103,32 +79,49 @@ def teacher_student(config: ConfigDict, tokenizer: Tokenizer) -> Environment:
         queue = jnp.where(over, jnp.where(state.speaker == 0, *map(len, prefixes)), jnp.maximum(state.queue - 1, 0))
         return EnvState(jnp.where(over, 1 - state.speaker, state.speaker), queue, state.turn + over, found)
 
-    def read(transcript):
-        return _read(tokenizer, [marker.encode() for marker in terminators], transcript)
+    rows, openings = _openings(config, tokenizer)
 
-    return Environment(reset, turn, observe, _openings(config, tokenizer), config.length, read)
+    def read(transcript):
+        return _read(tokenizer, [marker.encode() for marker in terminators], rows, transcript)
+
+    return Environment(reset, turn, observe, openings, config.length, read,
+                       "" if config.openings in ("fixed", "held_out") else rows.digest())
 
 
 def _openings(config, tokenizer):
-    """Every opening ends with the teacher's prefix, in the tokens of one text: the agent writes first."""
-    if config.openings == "fixed":
-        texts = [config.opening]
-    elif config.openings == "held_out":
-        if config.opening_turns % 2:
-            raise ValueError(f"env.opening_turns={config.opening_turns} must be even: the agent writes after "
-                             "the student")
-        texts = [config.opening + "".join(_lines(config, json.loads(line)["turns"]))
-                 for line in (EMBEDDED / "held_out.jsonl").read_text().splitlines()]
+    """The rows that openings are of, and these. Each ends with the teacher's prefix, in the tokens of one text: the
+    agent writes first."""
+    rows, texts = _texts(config)
+    counts = [len(text.opening(tokenizer, opening)) for opening in texts]
+    if config.openings in ("fixed", "held_out"):
+        most = config.opening_tokens if config.openings == "held_out" else counts[0]
+        kept = [i for i, count in enumerate(counts) if 0 < count <= most]
+        if not kept:
+            raise ValueError(f"env.opening={config.opening!r}, env.openings={config.openings!r}: no opening has tokens "
+                             "and fits env.opening_tokens")
     else:
-        raise ValueError(f"env.openings={config.openings!r}: choose 'fixed' (env.opening) or 'held_out'")
-    own = [len(text.opening(tokenizer, opening)) for opening in texts]
-    most = config.opening_tokens if config.openings == "held_out" else own[0]
-    rows = [text.opening(tokenizer, opening + config.teacher)
-            for opening, count in zip(texts, own, strict=True) if 0 < count <= most]
-    if not rows:
-        raise ValueError(f"env.opening={config.opening!r}, env.openings={config.openings!r}: no opening has tokens "
-                         "and fits env.opening_tokens")
-    return Openings(*text.left_pad(rows))
+        kept = prompts.fitting(config, rows, counts)
+    tokens = [text.opening(tokenizer, texts[i] + config.teacher) for i in kept]
+    return prompts.choose(rows, kept), prompts.padded(tokens)
+
+
+def _texts(config):
+    """The rows, and what each has in front of the teacher's prefix."""
+    if config.openings == "fixed":
+        return prompts.plain(prompts.TEXT, [config.opening]), [config.opening]
+    if config.openings == "held_out":
+        lines = (EMBEDDED / "held_out.jsonl").read_text("utf-8").splitlines()
+        rows = prompts.plain(prompts.TURNS, [json.loads(line)["turns"] for line in lines])
+    else:
+        rows = prompts.read(config)
+    if rows.kind == prompts.CHAT:
+        raise ValueError(f"env.openings={config.openings!r}: {config.column!r} is a chat, which env.name='completion' "
+                         "takes; choose a column of texts or of lists of turns")
+    if rows.kind == prompts.TEXT:
+        return rows, rows.prompts
+    if config.opening_turns % 2:
+        raise ValueError(f"env.opening_turns={config.opening_turns} must be even: the agent writes after the student")
+    return rows, [config.opening + "".join(_lines(config, turns)) for turns in rows.prompts]
 
 
 def _lines(config, turns):
@@ -137,11 +130,12 @@ def _lines(config, turns):
         yield (config.teacher, config.student)[i % 2] + (" " + turn if turn else "") + config.end
 
 
-def _read(tokenizer, terminators, transcript):
+def _read(tokenizer, terminators, rows, transcript):
     """All turns of a batch [b, s] of numpy arrays, in order."""
     replies = []
     for e, (tokens, roles, turns) in enumerate(zip(transcript.tokens, transcript.roles, transcript.turns, strict=True)):
         first, rest = int(transcript.start[e]), b""
+        columns = {} if transcript.opening is None else rows.columns[transcript.opening[e]]
         for number in range(turns.max() + 1):
             slots = np.flatnonzero((turns == number) & ((roles == AGENT) | (roles == STUDENT)))
             if not len(slots):
@@ -153,6 +147,7 @@ def _read(tokenizer, terminators, transcript):
             finished, at = at >= 0, at if at >= 0 else len(said)
             own = [token for token, begin in zip(ids, begins, strict=False) if begin < at]
             replies.append(Reply(e, number, role, int(slots[-1]), own, said[:at].decode(errors="replace").strip(),
-                                 text.decode(tokenizer, tokens[first:slots[0]].tolist()), finished))
+                                 text.decode(tokenizer, tokens[first:slots[0]].tolist()), finished,
+                                 role == STUDENT and finished, columns))
             rest = said[at + len(terminator):] if len(terminators) > 1 else b""
     return replies

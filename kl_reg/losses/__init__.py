@@ -1,8 +1,53 @@
-"""Policy-gradient losses by name: loss(log_prob, old_log_prob, advantage, hyper) -> [k], over one stream."""
-from kl_reg.losses.ppo_clip import ppo_clip
-from kl_reg.losses.reinforce import reinforce
+"""Losses and algorithms by name.
+
+A loss is loss(log_prob [k], old_log_prob [k], advantage [k], mask [k], hyper) -> [k], over one stream; outside the mask
+its first three are zero, and what it returns there is ignored. An `Algorithm` names a loss, an advantage and a
+reduction, with the settings that go with them.
+"""
+from ml_collections import ConfigDict
+
+from kl_reg.losses.algorithm import Algorithm
+from kl_reg.losses.awr import AWR, awr
+from kl_reg.losses.cispo import CISPO, cispo
+from kl_reg.losses.dapo import DAPO
+from kl_reg.losses.dr_grpo import DR_GRPO
+from kl_reg.losses.grpo import GRPO
+from kl_reg.losses.gspo import GSPO, gspo
+from kl_reg.losses.ppo import PPO, ppo_clip
+from kl_reg.losses.ppo_dual_clip import PPO_DUAL_CLIP, dual_clip
+from kl_reg.losses.reinforce import REINFORCE, reinforce
+from kl_reg.losses.rloo import RLOO
 from kl_reg.registry import Registry
 
 LOSSES = Registry("rl.loss")
+LOSSES.register("awr", awr)
+LOSSES.register("cispo", cispo)
+LOSSES.register("dual_clip", dual_clip)
+LOSSES.register("gspo", gspo)
 LOSSES.register("ppo_clip", ppo_clip)
 LOSSES.register("reinforce", reinforce)
+
+ALGORITHMS = Registry("rl.algorithm")
+ALGORITHMS.register("awr", AWR)
+ALGORITHMS.register("cispo", CISPO)
+ALGORITHMS.register("dapo", DAPO)
+ALGORITHMS.register("dr_grpo", DR_GRPO)
+ALGORITHMS.register("grpo", GRPO)
+ALGORITHMS.register("gspo", GSPO)
+ALGORITHMS.register("ppo", PPO)
+ALGORITHMS.register("ppo_dual_clip", PPO_DUAL_CLIP)
+ALGORITHMS.register("reinforce", REINFORCE)
+ALGORITHMS.register("rloo", RLOO)
+
+
+def resolve(rl: ConfigDict) -> dict:
+    """Settings of `config.rl` that an algorithm has defaults for: each as given, or else as the algorithm has it.
+
+    `clip_high`, where neither gives it, is `clip`.
+
+    Raises:
+        ValueError: the algorithm is unknown.
+    """
+    algorithm: Algorithm = ALGORITHMS[rl.algorithm]
+    out = {name: value if rl[name] is None else rl[name] for name, value in algorithm._asdict().items()}
+    return out | {"clip_high": out["clip"] if out["clip_high"] is None else out["clip_high"]}

@@ -151,3 +151,12 @@ def _digest(files):
         with open(file, "rb") as stream:
             digests.append(hashlib.file_digest(stream, "sha256").hexdigest())
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def ends(folder: pathlib.Path) -> frozenset[int]:
+    """The tokens with which a model says that it has ended (`eos_token_id`, of generation_config.json too)."""
+    found = []
+    for file in (folder / "config.json", folder / "generation_config.json"):
+        number = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
+        found += number if isinstance(number, list) else [] if number is None else [number]
+    return frozenset(found)

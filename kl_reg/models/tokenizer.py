@@ -21,7 +21,8 @@ START = "<|start|>"
 
 
 def load(folder: pathlib.Path) -> Tokenizer:
-    """The tokenizer of a model folder: tokenizer.json, or what transformers makes of the older files.
+    """The tokenizer of a model folder: tokenizer.json, or what transformers makes of the older files. It remembers the
+    folder, as `folder`: `chat` finds the template there.
 
     Raises:
         FileNotFoundError: there are no such files.
@@ -36,6 +37,7 @@ def load(folder: pathlib.Path) -> Tokenizer:
         loaded = _converted(folder)
     loaded.no_truncation()              # some files ask for it, and would cut text without a word
     loaded.no_padding()
+    loaded.folder = folder
     return loaded
 
 
@@ -187,27 +189,32 @@ def bytes_of(tokenizer: Tokenizer, ids: Sequence[int]) -> list[bytes]:
     return [table[number] if number < len(table) else b"" for number in ids]
 
 
-def chat(folder: pathlib.Path, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> list[int]:
-    """Token ids of a conversation as the folder's chat template writes it, which brings the BOS where there is one.
+def chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> list[int]:
+    """Token ids of a conversation as the model's chat template writes it, which brings the BOS where there is one.
 
     Args:
+        tokenizer: from `load`.
         messages: [{"role": "user", "content": "hello"}, ...].
         add_generation_prompt: whether the beginning of the assistant's answer follows.
 
     Raises:
-        ValueError: the folder has no chat template, or the template refuses the messages.
+        ValueError: the tokenizer is of no folder, that has no chat template, or the template refuses the messages.
     """
     import jinja2
 
-    loaded = _hugging_face(folder)
-    if loaded.chat_template is None:
+    try:
+        folder = tokenizer.folder
+    except AttributeError:
+        raise ValueError("this tokenizer was not loaded from a model folder, so it has no chat template") from None
+    template = _hugging_face(folder)
+    if template.chat_template is None:
         raise ValueError(f"{folder} has no chat template (chat_template.jinja, or in tokenizer_config.json): this is a "
                          "base model")
     try:
-        text = loaded.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        text = template.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
     except jinja2.TemplateError as error:
         raise ValueError(f"the chat template of {folder} refuses the messages: {error}") from None
-    return load(folder).encode(text, add_special_tokens=False).ids
+    return tokenizer.encode(text, add_special_tokens=False).ids
 
 
 def left_pad(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:

@@ -1,50 +1,115 @@
-"""Rewards by name: plain functions fn(prompts, completions, completion_ids, **columns) -> list[float | None].
+"""Rewards by name: functions fn(prompts, completions, completion_ids, **columns) -> list[float | None].
 
-"classifier" alone is no such function but makes one, of `reward.path` and `reward.label`.
+A built-in name is a factory of such a function, from settings of `config.reward`; a dotted path is the function itself.
 """
+from __future__ import annotations
+
 from collections.abc import Callable
+from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from kl_reg.models.encoder_families import load_config
+from kl_reg.config import default
 from kl_reg.registry import Registry
-from kl_reg.rewards import replies
-from kl_reg.rewards.classifier import ClassifierReward, classifier, output_of
+from kl_reg.rewards import classifier as classifiers
+from kl_reg.rewards import log_likelihood as likelihoods
+from kl_reg.rewards.chat import texts
+from kl_reg.rewards.distinct import distinct
+from kl_reg.rewards.length import length
+from kl_reg.rewards.regex import regex
+from kl_reg.rewards.reward import Reward, assemble, digest, names, of, sources, weights_of
+from kl_reg.rewards.scoring import Scores, score
+from kl_reg.rewards.table import table
 from kl_reg.rewards.vader import vader
 
+__all__ = ["REWARDS", "Factory", "Reward", "Scores", "build", "check", "digest", "gold", "names", "of", "score",
+           "sources", "texts"]
+
+
+class Factory(NamedTuple):
+    """A reward with settings: `make`, called with those of `config.reward` that `uses` names, gives the function; so
+    called, `check` raises what can be known without reading a model's weights (None: `make` is quick enough)."""
+
+    make: Callable
+    uses: tuple[str, ...] = ()
+    check: Callable | None = None
+
+
 REWARDS = Registry("reward.name")
-REWARDS.register("vader", vader)
-REWARDS.register("classifier", classifier)
+REWARDS.register("vader", Factory(lambda: vader))
+REWARDS.register("classifier", Factory(classifiers.classifier, ("path", "label"), classifiers.check))
+REWARDS.register("log_likelihood", Factory(likelihoods.log_likelihood, ("path",), likelihoods.check))
+REWARDS.register("length", Factory(length, ("target",)))
+REWARDS.register("regex", Factory(regex, ("pattern",)))
+REWARDS.register("distinct", Factory(distinct, ("ngram",)))
+REWARDS.register("table", Factory(table, ("path",)))
+
+_USES = sorted({key for name in REWARDS.names() for key in REWARDS[name].uses})
 
 
 def check(settings: ConfigDict) -> None:
-    """Whether `build` can make a reward function, without reading a classifier's weights.
+    """Whether `build` and `gold` can make their rewards, without reading a model's weights.
 
     Raises:
-        ValueError: an unknown name, a classifier without a path or with an unknown label, or another reward with one.
-        FileNotFoundError: there is no model in `reward.path`.
+        ValueError: an unknown name or the same twice, a setting that is wrong or has no effect, or a wrong number of
+            weights.
+        FileNotFoundError: `reward.path` has no such model or file.
     """
-    if REWARDS[settings.name] is not classifier:
-        if settings.path or settings.label:
-            raise ValueError(f"reward.path={settings.path!r} and reward.label={settings.label!r} have no effect with "
-                             f"reward.name={settings.name!r}; they are of reward.name='classifier'")
-    elif not settings.path:
-        raise ValueError("reward.path='' with reward.name='classifier': give the folder or hub name of a classifier")
-    else:
-        output_of(load_config(settings.path).labels, settings.label, settings.path)
+    trained, measured = _named("name", settings), _named("gold", settings)
+    weights_of(list(trained), settings.weights)
+    factories = [found for found in (*trained.values(), *measured.values()) if isinstance(found, Factory)]
+    for key in _USES:
+        if settings[key] != default().reward[key] and not any(key in factory.uses for factory in factories):
+            owners = [repr(name) for name in REWARDS.names() if key in REWARDS[name].uses]
+            raise ValueError(f"reward.{key}={settings[key]!r} has no effect with reward.name={settings.name!r}; it is "
+                             f"of {', '.join(owners)}")
+    for factory in factories:
+        (factory.check or factory.make)(**_given(factory, settings))
 
 
-def build(settings: ConfigDict) -> Callable:
-    """The reward function that `config.reward` names.
+def build(settings: ConfigDict) -> Reward:
+    """The reward that `config.reward` trains on.
 
     Raises:
-        ValueError, FileNotFoundError: as `check` does; or the classifier's weights do not fit.
+        ValueError, FileNotFoundError: as `check` does; or a model's weights do not fit.
     """
     check(settings)
-    reward = REWARDS[settings.name]
-    return classifier(settings.path, settings.label) if reward is classifier else reward
+    return _made(_named("name", settings), settings, settings.weights)
 
 
-def digest(reward_fn: Callable) -> str:
-    """SHA-256 of what a reward depends on: a classifier's weights, tokenizer and label, or a function's code."""
-    return reward_fn.digest() if isinstance(reward_fn, ClassifierReward) else replies.digest(reward_fn)
+def gold(settings: ConfigDict) -> Reward | None:
+    """The reward that is only measured beside it, each of its functions with weight 1; None: none is named.
+
+    Raises:
+        ValueError, FileNotFoundError: as `build` does.
+    """
+    check(settings)
+    found = _named("gold", settings)
+    return _made(found, settings, ()) if found else None
+
+
+def _named(key, settings):
+    """What a setting names, in order: a Factory or a function by its name."""
+    listed = [name.strip() for name in settings[key].split(",")] if settings[key] or key == "name" else []
+    out = {}
+    for name in listed:
+        if name in out:
+            raise ValueError(f"reward.{key}={settings[key]!r} names {name!r} twice; reward.weights says how much it "
+                             "counts")
+        try:
+            out[name] = REWARDS[name]
+        except ValueError as error:
+            raise ValueError(f"reward.{key}={settings[key]!r}: {error}") from None
+        if not isinstance(out[name], Factory) and (not callable(out[name]) or isinstance(out[name], type)):
+            raise ValueError(f"reward.{key}={settings[key]!r}: {name} is {out[name]!r}, which is no function, nor an "
+                             "object that is called like one")
+    return out
+
+
+def _given(factory, settings):
+    return {key: settings[key] for key in factory.uses}
+
+
+def _made(found, settings, weights):
+    functions = [item.make(**_given(item, settings)) if isinstance(item, Factory) else item for item in found.values()]
+    return assemble([name.rpartition(".")[2] for name in found], functions, weights)

@@ -10,10 +10,10 @@ import numpy as np
 from jax.tree_util import keystr, tree_leaves_with_path
 
 from kl_reg.models import encoder
-from kl_reg.models.encoder_families import Classifier, load
+from kl_reg.models.encoder_families import Classifier, load, load_config
+from kl_reg.rewards.buckets import batches
+from kl_reg.rewards.chat import texts
 
-_SHORTEST = 16          # tokens of the shortest bucket; the others are twice as long each
-_BATCH = 512            # tokens of a batch
 _REMEMBERED = 65536     # texts
 
 
@@ -30,23 +30,22 @@ class ClassifierReward:
     output: int
     memory: dict[str, float] = dataclasses.field(default_factory=dict)
 
-    def __call__(self, prompts: list[str], completions: list[str], completion_ids: list[list[int]], **columns
-                 ) -> list[float]:
+    def __call__(self, completions: list, **columns) -> list[float]:
         """The reward of each completion; an empty one is scored as the text it is."""
-        del prompts, completion_ids, columns
-        texts = [text for text in dict.fromkeys(completions) if text not in self.memory]
-        self.memory.update(zip(texts, self._score(texts), strict=True))
-        rewards = [self.memory[text] for text in completions]
+        said = texts(completions)
+        new = [text for text in dict.fromkeys(said) if text not in self.memory]
+        self.memory.update(zip(new, self._score(new), strict=True))
+        rewards = [self.memory[text] for text in said]
         for text in list(self.memory)[:-_REMEMBERED]:
             del self.memory[text]
         return rewards
 
-    def _score(self, texts):
+    def _score(self, new):
         config, params, tokenizer = self.model
-        rows = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
+        rows = [encoding.ids for encoding in tokenizer.encode_batch(new)]
         parts = [(part, _probabilities(config, params, *jax.device_put(_pad([rows[i] for i in part], *shape))))
-                 for part, shape in _batches([len(row) for row in rows], config.max_length)]
-        scores = np.empty(len(texts), np.float32)
+                 for part, shape in batches([len(row) for row in rows], config.max_length)]
+        scores = np.empty(len(new), np.float32)
         for part, said in parts:        # all batches are under way by now
             scores[part] = jax.device_get(said)[:len(part), self.output]
         return scores.tolist()
@@ -75,6 +74,17 @@ def classifier(path: str, label: str = "", dtype: str = "float32") -> Classifier
     return ClassifierReward(model, output_of(model.config.labels, label, path))
 
 
+def check(path: str, label: str = "") -> None:
+    """Whether `path` has a classifier with that label, without reading its weights.
+
+    Raises:
+        FileNotFoundError, ValueError: as `encoder_families.load_config` and `output_of` do.
+    """
+    if not path:
+        raise ValueError("reward.path='' with reward.name='classifier': give the folder or hub name of a classifier")
+    output_of(load_config(path).labels, label, path)
+
+
 def output_of(labels: tuple[str, ...], label: str, path: str) -> int:
     """The number of a label; of "" the one called "positive", else the only one, else the second of two.
 
@@ -93,18 +103,6 @@ def output_of(labels: tuple[str, ...], label: str, path: str) -> int:
 @partial(jax.jit, static_argnums=0)
 def _probabilities(config, params, tokens, length):
     return encoder.probabilities(config, encoder.forward(config, params, tokens, length))
-
-
-def _batches(lengths, longest):
-    """(which rows, (number of rows, length) to pad them to), for rows of these lengths."""
-    buckets = {}
-    for row, length in enumerate(lengths):
-        size = min(max(_SHORTEST, 1 << (length - 1).bit_length()), longest)
-        buckets.setdefault(size, []).append(row)
-    for size, rows in sorted(buckets.items()):
-        count = max(_BATCH // size, 1)
-        for first in range(0, len(rows), count):
-            yield rows[first:first + count], (count, size)
 
 
 def _pad(rows, count, size):

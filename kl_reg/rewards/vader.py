@@ -5,6 +5,8 @@ import functools
 
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
+from kl_reg.rewards.chat import texts
+
 
 @functools.cache
 def _analyzer():
@@ -17,7 +19,6 @@ def sentiment(text: str) -> float:
     return (_analyzer().polarity_scores(text)["compound"] + 1) / 2
 
 
-def vader(prompts: list[str], completions: list[str], completion_ids: list[list[int]], **columns) -> list[float]:
+def vader(completions: list, **columns) -> list[float]:
     """The sentiment of each completion."""
-    del prompts, completion_ids, columns
-    return [sentiment(text) for text in completions]
+    return [sentiment(text) for text in texts(completions)]

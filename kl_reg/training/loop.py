@@ -4,7 +4,8 @@ from __future__ import annotations
 import json
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import jax
@@ -15,11 +16,11 @@ from ml_collections import ConfigDict
 from kl_reg import checkpoint, metrics, rewards, rollout, validation
 from kl_reg import config as configs
 from kl_reg.analysis import report
-from kl_reg.analysis.groups import kl_by_group
-from kl_reg.analysis.recorded import ledger, objective, summarise
+from kl_reg.analysis.recorded import ledger, objective
+from kl_reg.identity import digest_of, name_of
 from kl_reg.models import folders, quantize, weights
-from kl_reg.rewards import replies
 from kl_reg.training import sweep
+from kl_reg.training.judging import Judges, judge
 from kl_reg.types import Episodes
 
 _WINDOW = 5      # iterations that the best iterate is a mean over
@@ -36,39 +37,52 @@ class Result(NamedTuple):
     tokens_per_second: float | None
 
 
-def train(config: ConfigDict, reward_fn: Callable | None = None, workdir: str | pathlib.Path = "runs/latest") -> Result:
+def train(config: ConfigDict, reward_fn: Callable | Sequence[Callable] | None = None,
+          workdir: str | pathlib.Path = "runs/latest", loss_fn: Callable | None = None) -> Result:
     """Trains all members of `config.sweep` (one, if it is empty), evaluates them and the base, and writes the report.
 
     Resumes from the last checkpoint in `workdir`; a finished run is evaluated and reported again.
 
     Args:
         config: from `kl_reg.config.default()`.
-        reward_fn: instead of `config.reward`: fn(prompts, completions, completion_ids) -> list[float | None],
-            called with the student's finished replies.
+        reward_fn: instead of `config.reward`: fn(prompts, completions, completion_ids, **columns) ->
+            list[float | None], sync or async, called with what the environment has scored; or several, to be added up.
         workdir: for config.json, members/<k>/, checkpoints/, summary.json, figures/ and report.html.
+        loss_fn: instead of `config.rl.loss`: fn(log_prob, old_log_prob, advantage, mask, hyper) -> [k], of one stream.
 
     Raises:
         ValueError: a setting is wrong, or the reward function or the training gave no finite number.
         FileNotFoundError: the model folder is missing.
         FileExistsError: `workdir` holds another experiment.
     """
-    if reward_fn is not None:
-        config = config.copy_and_resolve_references()
-        with config.unlocked():
-            config.reward = configs.default().reward        # whatever it was, it is not used
+    config = config.copy_and_resolve_references()
+    weighted = config.reward.weights
+    if reward_fn is not None:                   # whatever else was named is not used
+        if not config.reward.gold:
+            with config.unlocked():
+                config.reward = configs.default().reward
+        config.reward.name, config.reward.weights = "vader", ()
+    if loss_fn is not None:
+        config.rl.loss = "reinforce"
     validation.validate(config)
-    if reward_fn is None:
-        reward_fn = rewards.build(config.reward)
-    else:
-        config.reward.name = replies.name_of(reward_fn)
+    judges = Judges(rewards.build(config.reward) if reward_fn is None else rewards.of(reward_fn, weighted),
+                    rewards.gold(config.reward))
+    inputs = [rewards.digest(reward) for reward in judges if reward]
+    if reward_fn is not None:
+        config.reward.name, config.reward.weights = rewards.sources(judges.reward), weighted
+    if loss_fn is not None:
+        config.rl.loss = name_of(loss_fn)
+        inputs.append(digest_of(loss_fn))
     workdir = pathlib.Path(workdir)
     model, rounding = weights.load(config.model.path, config.model.dtype), None
     if config.model.quantize:
         model, rounding = quantize.convert(model)
         print(f"model.quantize={config.model.quantize}: {rounding}")
-    groups = sweep.plan(config, model)
+    groups = sweep.plan(config, model, loss_fn)
     base = folders.digest(model.folder)
-    inputs = base, rewards.digest(reward_fn), *(digest for group in groups for digest in group.digests)
+    student = config.env.student_model
+    inputs = (base, *inputs, *(digest for group in groups for digest in group.digests), groups[0].program.env.digest,
+              folders.digest(folders.find(student)) if student else "")
     resolved = {"config": json.loads(config.to_json()), "fingerprint": configs.fingerprint(config, *inputs),
                 "base": base, "references": {str(i): group.digests for group in groups for i in group.members},
                 "quantize": rounding and rounding.record()}
@@ -77,10 +91,10 @@ def train(config: ConfigDict, reward_fn: Callable | None = None, workdir: str | 
     saved = checkpoint.Checkpoints(workdir / "checkpoints", resolved, config.checkpoint.keep)
     states = saved.restore(states)
     try:
-        rates = _iterate(config, groups, states, reward_fn, workdir, saved)
+        rates = _iterate(config, groups, states, judges, workdir, saved)
     finally:
         saved.close()
-    summary = _evaluate(config, groups, states, model, reward_fn, workdir)
+    summary = _evaluate(config, groups, states, model, judges, workdir)
     (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     params = {number: jax.tree.map(lambda x, i=i: x[i], state.params)
               for group, state in zip(groups, states, strict=True) for i, number in enumerate(group.members)}
@@ -88,21 +102,18 @@ def train(config: ConfigDict, reward_fn: Callable | None = None, workdir: str | 
                   float(np.median(rates)) if rates else None)
 
 
-def _iterate(config, groups, states, reward_fn, workdir, saved):
+def _iterate(config, groups, states, judges, workdir, saved):
     """Runs the iterations that are left; `states` is updated in place, one entry a group. Tokens per second of each."""
     done = int(states[0].iteration[0])
     hypers, rates = sweep.hyper_of(config), []
     logs = [metrics.MemberLog(workdir / f"members/{i}", hyper, done, config.log.tensorboard)
             for i, hyper in enumerate(hypers)]
-    with metrics.progress_bar("train", config.rl.iterations, done) as bar:
+    with metrics.progress_bar("train", config.rl.iterations, done) as bar, ThreadPoolExecutor(1) as worker:
         if done:
             bar.log(f"{workdir}: already trained for {done} of {config.rl.iterations} iterations")
         for iteration in range(done, config.rl.iterations):
             began = time.monotonic()
-            rows = {}
-            for g, group in enumerate(groups):
-                states[g], new = _iteration(group, states[g], reward_fn)
-                rows.update(new)
+            rows = _iteration(groups, states, judges, worker)
             seconds = time.monotonic() - began
             rates.append(sum(row["tokens"] for row in rows.values()) / seconds)
             for number, row in rows.items():
@@ -116,15 +127,50 @@ def _iterate(config, groups, states, reward_fn, workdir, saved):
     return rates
 
 
-def _iteration(group, state, reward_fn):
-    """Rollout, reward and update of one group; its new state, and metrics by member."""
+def _iteration(groups, states, judges, worker):
+    """One iteration of all groups; metrics by member. The reward functions judge a group's episodes while the device
+    samples the next group's: one thread asks them, in order, so that what they say does not depend on it."""
+    rows, waiting = {}, None
+    for g, group in enumerate(groups):
+        batch = _sample(group, states[g], judges, worker)
+        if g:
+            states[g - 1], new = _update(groups[g - 1], states[g - 1], waiting)
+            rows.update(new)
+        waiting = batch
+    states[-1], new = _update(groups[-1], states[-1], waiting)
+    return rows | new
+
+
+class _Batch(NamedTuple):
+    """Episodes on the device; `judged`: the same on the host, without features, and each member's judgement."""
+
+    episodes: Episodes
+    judged: Future
+
+
+def _sample(group, state, judges, worker):
     keys, first = rollout.member_keys(state.seed, state.iteration), jnp.zeros(len(group.members), jnp.int32)
+    size = jnp.int32(group.program.group)
     with jax.transfer_guard("disallow"):        # what moves between host and device is said here
-        episodes = group.run.sample(state.params, state.reference, group.hyper, group.frozen, keys, first)
+        episodes = group.run.sample(state.params, state.reference, group.hyper, group.frozen, keys, first, size)
+    return _Batch(episodes, worker.submit(_judge, group, judges, episodes))
+
+
+def _judge(group, judges, episodes):
+    with jax.transfer_guard("disallow"):
         recorded = _fetch(episodes)
-        rows, stream = _judge(group, recorded, reward_fn)
-        state, parts, extreme = group.run.update(state, group.hyper, group.frozen, episodes, jax.device_put(stream))
+        return recorded, [judge(group.program, judges, jax.tree.map(lambda x, i=i: x[i], recorded))
+                          for i in range(len(group.members))]
+
+
+def _update(group, state, batch):
+    """The group's new state, and metrics by member."""
+    recorded, judged = batch.judged.result()
+    with jax.transfer_guard("disallow"):
+        stream = jax.device_put(np.stack([own.stream for own in judged]))
+        state, parts, extreme = group.run.update(state, group.hyper, group.frozen, batch.episodes, stream)
         parts, extreme = jax.device_get((parts, extreme))
+    rows = [own.row for own in judged]
     for i, row in enumerate(rows):
         row.update({name: float(value[i]) for name, value in parts.items()})
         bad = [name for name, value in row.items() if value is not None and not np.isfinite(value)]
@@ -144,19 +190,7 @@ def _overflow(group, i, bad, recorded, extreme):
             "other estimators to 100). A smaller optim.learning_rate usually helps")
 
 
-def _judge(group, recorded: Episodes, reward_fn):
-    """Metrics of each member's batch, and the rewards of its agent stream [m, b, k]."""
-    rows, streams = [], []
-    for i in range(len(group.members)):
-        own = jax.tree.map(lambda x, i=i: x[i], recorded)
-        turns = group.program.env.read(own.transcript)
-        stream, returns = replies.credit(turns, replies.score_replies(reward_fn, turns), own.slot, own.mask)
-        rows.append({**summarise(own, turns, returns), **kl_by_group(own, group.program.groups)})
-        streams.append(stream)
-    return rows, np.stack(streams)
-
-
-def _evaluate(config, groups, states, model, reward_fn, workdir):
+def _evaluate(config, groups, states, model, judges, workdir):
     """Evaluates every member and the base on the same keys; writes evaluation.npz and returns the summary's rows."""
     hypers, rows = sweep.hyper_of(config), {}
     count = config.evaluation.episodes
@@ -164,7 +198,7 @@ def _evaluate(config, groups, states, model, reward_fn, workdir):
         plain = sweep.base_group(groups, config, model)
         episodes = _sample_base(config, plain, model.params, count)
         rows["base"] = {"member": "base", "hyper": {},
-                        "final": _final(plain, episodes, reward_fn, workdir / "members/base")}
+                        "final": _final(plain, episodes, judges, workdir / "members/base")}
         bar.step()
         for group, state in zip(groups, states, strict=True):
             episodes = _sample_parts(config, group, state, count)
@@ -172,7 +206,7 @@ def _evaluate(config, groups, states, model, reward_fn, workdir):
                 own = jax.tree.map(lambda x, i=i: x[i], episodes)
                 folder = workdir / f"members/{number}"
                 rows[number] = {"member": number, "hyper": hypers[number],
-                                "final": _final(group, own, reward_fn, folder),
+                                "final": _final(group, own, judges, folder),
                                 "best": _best(folder)}
             bar.step()
     return [rows[key] for key in sorted(rows, key=lambda key: -1 if key == "base" else key)]
@@ -186,7 +220,8 @@ def _sample_parts(config, group, state, count):
     """`count` episodes of each member [m, count, ...], in batches of the size that training compiled."""
     size, members = group.program.episodes, len(group.members)
     parts = [_fetch(group.run.sample(state.params, state.reference, group.hyper, group.frozen, _keys(config, members),
-                                     jnp.full(members, first, jnp.int32))) for first in range(0, count, size)]
+                                     jnp.full(members, first, jnp.int32), jnp.int32(1)))
+             for first in range(0, count, size)]
     return jax.tree.map(lambda *x: np.concatenate(x, axis=1)[:, :count], *parts)
 
 
@@ -195,7 +230,7 @@ def _sample_base(config, group, base, count):
     size, members = group.program.episodes, len(group.members)
     fresh = group.run.init(base, group.seeds, group.hyper)
     parts = [_fetch(group.run.sample(fresh.params, fresh.reference, group.hyper, group.frozen, _keys(config, members),
-                                     jnp.arange(first, first + members * size, size, dtype=jnp.int32)))
+                                     jnp.arange(first, first + members * size, size, dtype=jnp.int32), jnp.int32(1)))
              for first in range(0, count, members * size)]
     return jax.tree.map(lambda *x: np.concatenate([part.reshape(-1, *part.shape[2:]) for part in x])[:count], *parts)
 
@@ -204,16 +239,13 @@ def _fetch(episodes: Episodes) -> Episodes:
     return jax.device_get(episodes._replace(features=(), reference=(), kept=None))
 
 
-def _final(group, episodes, reward_fn, folder):
+def _final(group, episodes, judges, folder):
     """Metrics of evaluation episodes [b, ...] of one policy; also writes them as evaluation.npz."""
-    transcript = episodes.transcript
-    turns = group.program.env.read(transcript)
-    _, returns = replies.credit(turns, replies.score_replies(reward_fn, turns), episodes.slot, episodes.mask)
+    transcript, (row, _, returns) = episodes.transcript, judge(group.program, judges, episodes)
     folder.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(folder / "evaluation.npz", tokens=transcript.tokens, roles=transcript.roles.astype(np.int8),
-                        turns=transcript.turns, returns=returns, **ledger(episodes))
-    return {**summarise(episodes, turns, returns),
-            **kl_by_group(episodes, group.program.groups), "episodes": len(returns)}
+                        turns=transcript.turns, openings=transcript.opening, returns=returns, **ledger(episodes))
+    return row | {"episodes": len(returns)}
 
 
 def _best(folder):

@@ -12,9 +12,10 @@ import optax
 from kl_reg import advantages, envs, losses, rollout
 from kl_reg.analysis.groups import TokenGroups, token_groups
 from kl_reg.config import Static
-from kl_reg.envs.teacher_student import Environment
+from kl_reg.envs.environment import Environment
 from kl_reg.kl import controllers, estimators
-from kl_reg.models import policy, reference, tokenizer, weights
+from kl_reg.losses import reductions
+from kl_reg.models import folders, policy, reference, student, tokenizer, weights
 from kl_reg.training import step
 from kl_reg.types import Episodes, Frozen, Hyper, Sampling, TrainState
 
@@ -24,6 +25,7 @@ class Program(NamedTuple):
 
     policy: policy.Policy
     reference: reference.Reference
+    student: student.Student
     env: Environment
     groups: TokenGroups
     sampling: Sampling
@@ -31,6 +33,8 @@ class Program(NamedTuple):
     controller: controllers.Controller
     loss: Callable
     advantage: Callable
+    reduction: Callable
+    group: int
     optimizer: optax.GradientTransformation
     max_grad_norm: float
     constrained: bool
@@ -46,11 +50,12 @@ class Program(NamedTuple):
     final: float
 
 
-def build(static: Static, model: weights.Model, start=None) -> Program:
+def build(static: Static, model: weights.Model, start=None, loss: Callable | None = None) -> Program:
     """Looks every name up.
 
     Args:
         start: parameters of a run's member, where that is the reference.
+        loss: instead of the one that `rl.loss` names.
 
     Raises:
         ValueError: an episode with its opening is longer than the model's context.
@@ -58,18 +63,20 @@ def build(static: Static, model: weights.Model, start=None) -> Program:
     config = static.config()
     rl, kl, drawn = config.rl, config.kl, Sampling(**config.sampling)
     words = tokenizer.load(model.folder)
-    env = envs.ENVIRONMENTS[config.env.name](config.env, words)
+    env = envs.ENVIRONMENTS[config.env.name](config.env, words, folders.ends(model.folder))
     slots = env.openings.tokens.shape[1] + env.length
     if slots > model.config.max_position:
         raise ValueError(f"env.length={env.length} and an opening of {slots - env.length} tokens make {slots}; the "
                          f"model's context is {model.config.max_position}")
+    other = config.env.student_model
     agent = policy.build(config.policy.kind, model.config, config.policy)
     return Program(
         policy=agent, reference=reference.build(config.reference, agent, drawn, start), env=env,
+        student=student.other(weights.load_config(other, config.model.dtype)) if other else student.base(),
         groups=token_groups(words, config.env.end, config.log.groups.to_dict()),
-        sampling=drawn, kl=estimators.build(static.kl()), loss=losses.LOSSES[rl.loss],
+        sampling=drawn, kl=estimators.build(static.kl()), loss=loss or losses.LOSSES[rl.loss],
         controller=controllers.CONTROLLERS[kl.controller](rl.iterations, rl.episodes),
-        advantage=advantages.ADVANTAGES[rl.advantage],
+        advantage=advantages.ADVANTAGES[rl.advantage], reduction=reductions.REDUCTIONS[rl.reduction], group=rl.group,
         optimizer=optax.scale_by_adam(), max_grad_norm=config.optim.max_grad_norm,
         constrained=static.constrained, spend=kl.spend, levels=config.policy.spend_levels, carry=kl.carry,
         normalise=rl.normalise, iterations=rl.iterations, episodes=rl.episodes, epochs=rl.epochs,
@@ -79,7 +86,7 @@ def build(static: Static, model: weights.Model, start=None) -> Program:
 class Compiled(NamedTuple):
     """Jitted functions over a leading member axis.
 
-    init(base, seeds, hyper) -> state; sample(params, memory, hyper, frozen, keys, first) -> episodes;
+    init(base, seeds, hyper) -> state; sample(params, memory, hyper, frozen, keys, first, group=1) -> episodes;
     update(state, hyper, frozen, episodes, rewards) -> (state, metrics, extreme), the state donated.
     """
 
@@ -99,8 +106,8 @@ def compile_program(program: Program) -> Compiled:
 
         return jax.vmap(one)(seeds, hyper)
 
-    def sample(params, memory, hyper: Hyper, frozen: Frozen, keys, first) -> Episodes:
-        return rollout.rollout(program, params, memory, frozen, step.caps_of(hyper), keys, first)
+    def sample(params, memory, hyper: Hyper, frozen: Frozen, keys, first, group=1) -> Episodes:
+        return rollout.rollout(program, params, memory, frozen, step.caps_of(hyper), keys, first, group)
 
     def update(state: TrainState, hyper: Hyper, frozen: Frozen, episodes: Episodes, rewards):
         longest = episodes.mask.sum(-1).max()

@@ -104,21 +104,23 @@ def learning_rate(program, hyper: Hyper, iteration: Int[Array, ""]) -> Float[Arr
 
 def objective(program, params, memory, frozen: Frozen, episodes: Episodes, targets, hyper: Hyper, longest
               ) -> tuple[Array, tuple[dict, Float[Array, "b k"]]]:
-    """The loss of one minibatch of one member, a mean over agent tokens; what went into it, and each token's
-    log pi - log ref."""
-    advantages, returns, coef = targets
+    """The loss of one minibatch of one member, its parts reduced as the algorithm does; what went into it, and each
+    token's log pi - log ref."""
+    advantages, returns, price = targets
     scores, mask = score(program, params, memory, frozen, episodes, caps_of(hyper), longest), episodes.mask
     new = scores.terms
     moved = jnp.where(mask, new.log_prob - episodes.log_prob, 0.0)
     ratio = jnp.exp(moved)
     average = lambda x: mean(x, mask).mean()  # noqa: E731
-    policy = average(jax.vmap(program.loss, (0, 0, 0, None))(new.log_prob, episodes.log_prob, advantages, hyper))
-    penalty = coef * average(jax.vmap(program.kl.loss)(new, -jnp.expm1(-episodes.floor), ratio, mask))
-    value = average(jax.vmap(squared_error)(scores.value, returns))
-    entropy = average(new.entropy)
-    clipped = ratio * advantages > jnp.clip(ratio, 1 - hyper.clip, 1 + hyper.clip) * advantages
-    parts = {"loss/policy_avg": policy, "loss/kl": penalty, "loss/value_avg": value, "policy/entropy_avg": entropy,
-             "policy/clipfrac_avg": average(clipped.astype(jnp.float32)),
+    reduce = lambda x: program.reduction(x, mask, program.env.length).mean()  # noqa: E731
+    over_rows = jax.vmap(program.loss, (0, 0, 0, 0, None))
+    policy = reduce(over_rows(new.log_prob, episodes.log_prob, advantages, mask, hyper))
+    penalty = reduce(price[:, None] * jax.vmap(program.kl.loss)(new, -jnp.expm1(-episodes.floor), ratio, mask))
+    value = reduce(jax.vmap(squared_error, (0, 0, 0, None))(scores.value, episodes.value, returns, hyper.value_clip))
+    entropy = reduce(new.entropy)
+    clipped = ratio * advantages > jnp.clip(ratio, 1 - hyper.clip, 1 + hyper.clip_high) * advantages
+    parts = {"loss/policy_avg": policy, "loss/kl": penalty, "loss/value_avg": value,
+             "policy/entropy_avg": average(new.entropy), "policy/clipfrac_avg": average(clipped.astype(jnp.float32)),
              "policy/approxkl_avg": average(0.5 * moved**2), "val/ratio": average(ratio)}
     total = policy + penalty + hyper.value_coef * value - hyper.entropy_coef * entropy
     return total, (parts, jnp.where(mask, new.log_ratio, 0.0))
@@ -130,16 +132,20 @@ def recorded(episodes: Episodes) -> TokenTerms:
 
 
 def targets(program, episodes: Episodes, rewards: Float[Array, "b k"], coef: Float[Array, ""], hyper: Hyper):
-    """Advantages and returns [b, k] in reward units (KL penalty subtracted), and the coefficient of the loss's KL."""
+    """Advantages and returns [b, k] in reward units (KL penalty subtracted), and the coefficient [b] of the loss's KL.
+    """
     mask, missing = episodes.mask, -jnp.expm1(-episodes.floor)
     penalty = jax.vmap(program.kl.reward)(recorded(episodes), missing, mask)
     rewards = jnp.where(mask, rewards - coef * penalty, 0.0)
     estimate = lambda r, v, m: program.advantage(r, v, m, hyper.discount, hyper.gae_lambda)  # noqa: E731
-    advantages, returns = jax.vmap(estimate)(rewards, episodes.value, mask)
+    groups = jax.tree.map(lambda x: x.reshape(-1, program.group, x.shape[1]), (rewards, episodes.value, mask))
+    advantages, returns, scale = jax.vmap(estimate)(*groups)
+    advantages, returns = advantages.reshape(mask.shape), returns.reshape(mask.shape)
+    price = coef * jnp.repeat(scale, program.group)
     if program.normalise:
         advantages, factor = normalise(advantages, mask)
-        coef = factor * coef
-    return advantages, returns, coef
+        price = factor * price
+    return advantages, returns, price
 
 
 def safe_norm(tree) -> Float[Array, ""]:
@@ -156,25 +162,27 @@ def update(program, state: TrainState, hyper: Hyper, frozen: Frozen, episodes: E
         rewards: of each agent token, reward units; a reply's reward stands at the last agent token before its end.
     """
     price = program.controller.read(state.controller, hyper)
-    advantages, returns, coef = targets(program, episodes, rewards, price, hyper)
+    goals = targets(program, episodes, rewards, price, hyper)
     rate = learning_rate(program, hyper, state.iteration)
     rows = episodes.mask.shape[0]
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(state.seed), state.iteration), 2**31 - 2)
 
     def minibatch(carry, index):
-        params, opt_state = carry
-        part, adv, ret = jax.tree.map(lambda x: x[index], (episodes, advantages, returns))
+        params, opt_state, stopped = carry
+        part, own = jax.tree.map(lambda x: x[index], (episodes, goals))
         grad = jax.value_and_grad(objective, argnums=1, has_aux=True)
-        (_, (parts, ratios)), grads = grad(program, params, state.reference, frozen, part, (adv, ret, coef), hyper,
-                                           longest)
+        (_, (parts, ratios)), grads = grad(program, params, state.reference, frozen, part, own, hyper, longest)
         norm = safe_norm(grads)
         parts["optim/grad_norm"] = norm
         grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, program.max_grad_norm / jnp.maximum(norm, 1e-30)), grads)
         worst = jnp.abs(ratios).argmax()
         extreme = Extreme(ratios.ravel()[worst], index[worst // ratios.shape[1]], worst % ratios.shape[1])
-        updates, opt_state = program.optimizer.update(grads, opt_state, params)
-        params = optax.apply_updates(params, jax.tree.map(lambda u: -rate * u, updates))
-        return (params, opt_state), (parts, extreme)
+        stopped |= parts["policy/approxkl_avg"] > hyper.stop_kl
+        parts["policy/stopped_avg"] = stopped.astype(jnp.float32)
+        updates, new_state = program.optimizer.update(grads, opt_state, params)
+        updated = optax.apply_updates(params, jax.tree.map(lambda u: -rate * u, updates))
+        params, opt_state = jax.tree.map(partial(jnp.where, stopped), (params, opt_state), (updated, new_state))
+        return (params, opt_state, stopped), (parts, extreme)
 
     def order(epoch):
         if program.minibatches == 1:
@@ -182,12 +190,13 @@ def update(program, state: TrainState, hyper: Hyper, frozen: Frozen, episodes: E
         return jax.random.permutation(jax.random.fold_in(key, epoch), rows).reshape(program.minibatches, -1)
 
     indices = jnp.concatenate([order(epoch) for epoch in range(program.epochs)])
-    (params, opt_state), (parts, extremes) = jax.lax.scan(minibatch, (state.params, state.opt_state), indices)
+    start = state.params, state.opt_state, jnp.bool_(False)
+    (params, opt_state, _), (parts, extremes) = jax.lax.scan(minibatch, start, indices)
     variance = parts["val/ratio"].var()
     parts = jax.tree.map(lambda x: x.mean(0), parts)
     spent = jnp.where(episodes.mask, program.kl.exact(recorded(episodes)), 0.0).sum(1).mean()
     parts |= {"val/ratio_var": variance, "optim/learning_rate": rate, "kl/coef": price,
-              "value/explained_variance": _explained(episodes.value, returns, episodes.mask)}
+              "value/explained_variance": _explained(episodes.value, goals[1], episodes.mask)}
     controller = program.controller.update(state.controller, spent, hyper)
     memory = program.reference.update(state.reference, params, state.iteration)
     extreme = jax.tree.map(lambda x: x[jnp.abs(extremes.log_ratio).argmax()], extremes)

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -28,10 +29,14 @@ class Group(NamedTuple):
     digests: tuple[str, ...]
 
 
-def plan(config: ConfigDict, model: weights.Model) -> list[Group]:
-    """The programs of a sweep; raises as `program.build` does. Base model and references are shared by all."""
-    load = functools.cache(_reference)
-    return [_group(members, model, load) for members in runs.groups(config)]
+def plan(config: ConfigDict, model: weights.Model, loss: Callable | None = None) -> list[Group]:
+    """The programs of a sweep; raises as `program.build` does. Base model, student and references are shared by all.
+
+    Args:
+        loss: instead of the one that `rl.loss` names.
+    """
+    load, student = functools.cache(_reference), _student(config)
+    return [_group(members, model, student, load, loss) for members in runs.groups(config)]
 
 
 def base_group(groups: list[Group], config: ConfigDict, model: weights.Model) -> Group:
@@ -42,16 +47,22 @@ def base_group(groups: list[Group], config: ConfigDict, model: weights.Model) ->
     nothing = {"reference.name": "base", "reference.paths": (), **dict.fromkeys(configs.BUDGETS), "kl.spend": "neuron",
                "kl.carry": False}
     own = configs.override(configs.override(config, configs.members(config)[0]), nothing)
-    return _group([(0, own)], model, _reference)
+    return _group([(0, own)], model, groups[0].frozen.student, _reference, groups[0].program.loss)
 
 
-def _group(members, model, load):
+def _group(members, model, student, load, loss):
     statics, hypers, seeds = zip(*(configs.split(own) for _, own in members), strict=True)
     frozen, start, digests = load(tuple(statics[0].config().reference.paths))
-    built = program.build(statics[0], model, start)
+    built = program.build(statics[0], model, start, loss)
     hyper = jax.tree.map(lambda *x: jnp.stack(x), *hypers)
     return Group([number for number, _ in members], built, program.compile_program(built), hyper, jnp.array(seeds),
-                 Frozen(model.params, frozen), digests)
+                 Frozen(model.params, frozen, student), digests)
+
+
+def _student(config):
+    """The parameters of another model than the base that plays the student."""
+    path = config.env.student_model
+    return weights.load(path, config.model.dtype).params if path else ()
 
 
 def _reference(paths):

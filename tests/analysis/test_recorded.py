@@ -12,14 +12,14 @@ from hypothesis.extra.numpy import arrays
 
 from kl_reg.analysis.recorded import ledger, means, objective, rates, summarise, top1_share
 from kl_reg.analysis.stats import kl_by_position
-from kl_reg.envs.teacher_student import Reply
+from kl_reg.envs.environment import Reply
 from kl_reg.types import AGENT, FORCED, OPENING, PAD, STUDENT, Episodes, Transcript
 
 MASK = np.array([[True, True, True], [True, False, False]])
 
 
 def reply(episode, role, text, finished=True):
-    return Reply(episode, 0, role, 0, [], text, "", finished)
+    return Reply(episode, 0, role, 0, [], text, "", finished, True)
 
 
 def recorded(mask=MASK, **fields):

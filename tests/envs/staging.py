@@ -9,17 +9,17 @@ from kl_reg.models import tokenizer as text
 from kl_reg.types import AGENT, FORCED, OPENING, PAD, STUDENT, Transcript
 
 LENGTH = 24
-LETTERS = {FORCED: "F", AGENT: "A", STUDENT: "S"}
+LETTERS = {PAD: "-", FORCED: "F", AGENT: "A", STUDENT: "S"}
 
 
 class Stage:
     """An environment, and the transcript of a script: what its writers write, one token after the other."""
 
-    def __init__(self, tokenizer, length=LENGTH, **settings):
+    def __init__(self, tokenizer, length=LENGTH, eos=frozenset(), **settings):
         config = configs.default().env
         config.update({"length": length} | settings)
         self.config, self.tokenizer = config, tokenizer
-        self.env = ENVIRONMENTS[config.name](config, tokenizer)
+        self.env = ENVIRONMENTS[config.name](config, tokenizer, eos)
         self._play = jax.jit(self._scan)
 
     def ids(self, string):
@@ -29,8 +29,10 @@ class Stage:
         def step(carry, _):
             state, used = carry
             role, forced = self.env.turn(state)
-            token = jnp.where(role == FORCED, forced, script[used])
-            return (self.env.observe(state, token), used + (role != FORCED)), (role, state.turn, token)
+            written = jnp.where(role == PAD, 0, script[used])
+            token = jnp.where(role == FORCED, forced, written)
+            turn = jnp.where(role == PAD, -1, state.turn)
+            return (self.env.observe(state, token), used + (role >= AGENT)), (role, turn, token)
 
         return jax.lax.scan(step, (self.env.reset(), 0), length=self.config.length)[1]
 
@@ -40,12 +42,13 @@ class Stage:
         return [np.asarray(x) for x in self._play(script)]
 
     def transcript(self, *episodes, row=0):
-        """The episodes behind an opening, as one batch of numpy arrays."""
+        """The episodes behind opening number `row`, as one batch of numpy arrays."""
         opening, start = (x[[row] * len(episodes)] for x in self.env.openings)
         before = np.where(np.arange(opening.shape[1]) >= start[:, None], OPENING, PAD)
         roles, turns, tokens = (np.stack(x) for x in zip(*episodes, strict=True))
         return Transcript(np.concatenate([opening, tokens], 1), np.concatenate([before, roles], 1),
-                          np.concatenate([np.full_like(opening, -1), turns], 1), start)
+                          np.concatenate([np.full_like(opening, -1), turns], 1), start,
+                          np.full(len(episodes), row, np.int32))
 
     def bytes(self, string):
         """One token a character, markers as they are written by `ids`."""

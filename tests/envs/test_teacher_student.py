@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from staging import LENGTH, Stage, digits, letters, said
 from tokenizers import AddedToken, Tokenizer
 
-from kl_reg.types import AGENT, FORCED, STUDENT
+from kl_reg.types import AGENT, FORCED, PAD, STUDENT
 
 
 def test_forced_markers_by_hand(tiny_tokenizer):
@@ -207,3 +207,67 @@ def test_a_token_that_contains_the_end_marker_ends_the_turn(tiny_tokenizer):
     replies = stage.env.read(stage.transcript(episode))
     assert [(reply.text, reply.finished) for reply in replies[:2]] == [("hi!", True), ("yo!", True)]
     assert replies[2].text.startswith("so") and not replies[2].finished
+
+
+def test_an_episode_is_over_behind_its_turns(tiny_tokenizer):
+    for turns, roles, numbers in ((1, "AA" + "-" * 7, "00"), (3, "AAFSSFA--", "0011122"), (4, "AAFSSFAFS", "001112233"),
+                                  (0, "AAFSSFAFS", "001112233")):
+        stage = Stage(tiny_tokenizer, length=9, turns=turns)
+        episode = stage.play(stage.bytes("x\ny\n\nzz"))
+        assert letters(episode[0]) == roles and episode[1].tolist() == [*map(int, numbers)] + [-1] * (9 - len(numbers))
+        replies = stage.env.read(stage.transcript(episode))
+        assert [(r.text, r.finished, r.scored) for r in replies] == [
+            ("x", True, False), ("y", True, True), ("", True, False), ("z", False, False)][:turns or 4]
+
+
+@pytest.fixture(scope="module")
+def endless_and_three_turns(tiny_tokenizer):
+    return [Stage(tiny_tokenizer, length=9, turns=turns) for turns in (0, 3)]
+
+
+@given(st.data())
+def test_turns_cut_an_episode_and_change_nothing_before(endless_and_three_turns, data):
+    endless, three = endless_and_three_turns
+    script = data.draw(st.lists(st.sampled_from(endless.bytes("x\nA:")), min_size=9, max_size=9))
+    before = endless.play(script)[1] < 3
+    for whole, cut, nobody in zip(endless.play(script), three.play(script), (PAD, -1, 0), strict=True):
+        assert cut.tolist() == np.where(before, whole, nobody).tolist()
+
+
+def jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def rows_of(stage):
+    tokens, start = stage.env.openings
+    return [row[first:].tolist() for row, first in zip(tokens, start, strict=True)]
+
+
+def test_texts_of_a_file_are_openings_in_front_of_the_teachers_prefix(tiny_tokenizer, tmp_path):
+    rows = [{"prompt": "A: hi\nB: yo\n", "topic": "greeting"}, {"prompt": "x" * 90, "topic": "long"},
+            {"prompt": "B: so\n", "topic": "nothing"}]
+    with pytest.warns(UserWarning, match="1 of 3 openings are left out"):
+        stage = Stage(tiny_tokenizer, openings=jsonl(tmp_path / "a.jsonl", rows))
+    kept = [rows[0], rows[2]]
+    assert rows_of(stage) == [stage.ids(row["prompt"] + "A:") for row in kept]
+    for number, row in enumerate(kept):
+        replies = stage.env.read(stage.transcript(stage.play(stage.bytes("x\ny\n")), row=number))
+        assert {reply.columns["topic"] for reply in replies} == {row["topic"]}
+        assert replies[1].prompt == row["prompt"] + "A:x\nB:"
+    assert len(stage.env.digest) == 64 and Stage(tiny_tokenizer).env.digest == ""
+
+
+def test_lists_of_turns_are_openings_as_held_out_conversations_are(tiny_tokenizer, tmp_path, held_out):
+    conversations = [["hi", "yo", "not to be seen"], ["", "good day", "no", "no"]]
+    source = jsonl(tmp_path / "a.jsonl", [{"said": turns} for turns in conversations])
+    stage = Stage(tiny_tokenizer, openings=source, column="said")
+    assert rows_of(stage) == rows_of(Stage(tiny_tokenizer, openings="held_out", opening_tokens=20))
+    with pytest.raises(ValueError, match="env.opening_turns=1 must be even"):
+        Stage(tiny_tokenizer, openings=source, column="said", opening_turns=1)
+
+
+def test_chats_are_not_of_this_environment(tiny_tokenizer, tmp_path):
+    source = jsonl(tmp_path / "a.jsonl", [{"prompt": [{"role": "user", "content": "hi"}]}])
+    with pytest.raises(ValueError, match="'prompt' is a chat, which env.name='completion' takes"):
+        Stage(tiny_tokenizer, openings=source)

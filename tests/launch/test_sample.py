@@ -17,7 +17,7 @@ import pytest
 from kl_reg.analysis import conversation, solo
 from kl_reg.config import default
 from kl_reg.envs import ENVIRONMENTS
-from kl_reg.models import decoder, tokenizer, weights
+from kl_reg.models import decoder, folders, tokenizer, weights
 from kl_reg.types import AGENT, FORCED, OPENING, STUDENT
 from launch import sample
 
@@ -225,11 +225,11 @@ def test_the_students_prefix_is_shown_once(tiny_tokenizer, markers, prompt):
 
 def test_where_a_model_ends(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 2}))
-    assert solo.ends(tmp_path) == {2}
+    assert folders.ends(tmp_path) == {2}
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 7]}))
-    assert solo.ends(tmp_path) == {2, 5, 7}
+    assert folders.ends(tmp_path) == {2, 5, 7}
     (tmp_path / "config.json").write_text("{}")
-    assert solo.ends(tmp_path) == {5, 7}
+    assert folders.ends(tmp_path) == {5, 7}
 
 
 def test_ctrl_c_waits_for_the_token():

@@ -3,13 +3,14 @@ import importlib.util
 import json
 import lzma
 import pathlib
+import shutil
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
-from kl_reg.models import tokenizer
+from kl_reg.models import folders, tokenizer
 
 DATA = pathlib.Path(__file__).parent.parent / "data" / "tokenizers"
 TEXT = st.text() | st.lists(st.sampled_from(["A:", "B:", "\n", "<|start|>", " ", "hello", "é", "😀", "\ufffd"])
@@ -244,12 +245,36 @@ def test_a_conversation_is_written_by_the_chat_template(chat_folder, mistral):
     asked = ["<s>", "[", "INST", "]", "▁hi", "▁[", "/", "INST", "]"]
     for messages, prompt, tokens in (([user], True, [*asked, "▁So"]),
                                      ([user, assistant], False, [*asked, "▁yes", "</s>"])):
-        ids = tokenizer.chat(chat_folder, messages, add_generation_prompt=prompt)
+        ids = tokenizer.chat(tokenizer.load(chat_folder), messages, add_generation_prompt=prompt)
         assert [mistral.id_to_token(i) for i in ids] == tokens
 
 
-def test_messages_that_the_template_refuses_and_a_model_without_one_are_named(chat_folder, tiny_folder):
+def test_the_folder_of_a_chat_is_read_once(chat_folder, tmp_path):
+    folder = shutil.copytree(chat_folder, tmp_path / "chat")
+    words, messages = tokenizer.load(folder), [{"role": "user", "content": "hi"}]
+    before = tokenizer.chat(words, messages)
+    shutil.rmtree(folder)
+    assert tokenizer.chat(words, messages) == before
+
+
+def test_messages_that_the_template_refuses_and_models_without_one_are_named(chat_folder, tiny_folder, mistral):
     with pytest.raises(ValueError, match="refuses the messages: only user and assistant"):
-        tokenizer.chat(chat_folder, [{"role": "system", "content": "be brief"}])
-    with pytest.raises(ValueError, match="has no chat template"):
-        tokenizer.chat(tiny_folder, [{"role": "user", "content": "hi"}])
+        tokenizer.chat(tokenizer.load(chat_folder), [{"role": "system", "content": "be brief"}])
+    for words, reason in ((tokenizer.load(tiny_folder), f"{tiny_folder} has no chat template"),
+                          (mistral, "not loaded from a model folder")):
+        with pytest.raises(ValueError, match=reason):
+            tokenizer.chat(words, [{"role": "user", "content": "hi"}])
+
+
+@pytest.mark.skipif(not folders.place("smollm2").is_dir(), reason="`python -m launch.fetch smollm2` first")
+def test_a_chat_of_a_real_model():
+    """By hand: ChatML, with the template's own system message where there is none."""
+    words = tokenizer.load(folders.find("smollm2"))
+    user = {"role": "user", "content": "2 + 2?"}
+    default = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+    for messages, system in (([user], default), ([{"role": "system", "content": "Be brief."}, user], "Be brief.")):
+        ids = tokenizer.chat(words, messages)
+        assert tokenizer.decode(words, ids) == (f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n2 + 2?"
+                                                "<|im_end|>\n<|im_start|>assistant\n")
+        marks = [words.token_to_id(mark) for mark in ("<|im_start|>", "<|im_end|>")]
+        assert [ids.count(mark) for mark in marks] == [3, 2] and ids[0] == marks[0]

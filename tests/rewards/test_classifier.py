@@ -9,46 +9,21 @@ import pytest
 import torch
 import transformers
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from reward_staging import WORDS, settings, torch_model
 
-from kl_reg import config, rewards, validation
+from kl_reg import rewards
 from kl_reg.rewards.classifier import classifier, output_of
 
 module = importlib.import_module("kl_reg.rewards.classifier")      # whose name its function has, too
 
-WORDS = ["a", "love", "hate", "nice", "day", "the", "kitchen", "not", "so", "good"]
 TEXTS = ["", "love", "not so good", " ".join(WORDS), " ".join(WORDS * 2), "unheard", " ".join(["day"] * 14),
          " ".join(["love"] * 15), " ".join(WORDS * 9)]      # up to and beyond the edges of a bucket and of the context
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A random DistilBERT with a context of 40 tokens."""
-    folder = tmp_path_factory.mktemp("distilbert")
-    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
-    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *letters, *(f"##{letter}" for letter in letters), *WORDS[1:]]
-    tokenizer = Tokenizer(models.WordPiece({token: i for i, token in enumerate(tokens)}, unk_token="[UNK]"))
-    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
-    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    tokenizer.save(str(folder / "tokenizer.json"))
-    torch_model().save_pretrained(folder)
-    return folder
-
-
-def torch_model(seed=5):        # whose probabilities spread over 0.3 to 0.7
-    config = transformers.DistilBertConfig(vocab_size=72, dim=16, n_layers=2, n_heads=2, hidden_dim=24,
-                                           max_position_embeddings=40, id2label={0: "NEGATIVE", 1: "POSITIVE"})
-    torch.manual_seed(seed)
-    model = transformers.DistilBertForSequenceClassification(config).eval().requires_grad_(False)
-    for weight in model.parameters():
-        weight.copy_(weight + 0.5 * torch.randn_like(weight))
-    return model
-
-
-@pytest.fixture(scope="module")
-def expected(folder):
+def expected(distilbert):
     """Torch's probability of "POSITIVE" of each of TEXTS, alone and unpadded."""
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(distilbert / "tokenizer.json"))
     ids = [tokenizer(text, truncation=True, max_length=40)["input_ids"] for text in TEXTS]
     assert {len(row) for row in ids} >= {2, 16, 17, 40}
     out = [float(torch_model()(torch.tensor([row])).logits.softmax(-1)[0, 1]) for row in ids]
@@ -57,8 +32,8 @@ def expected(folder):
 
 
 @pytest.fixture(scope="module")
-def reward(folder):
-    return classifier(str(folder))
+def reward(distilbert):
+    return classifier(str(distilbert))
 
 
 def scores(reward, texts):
@@ -131,8 +106,8 @@ def test_what_moves_between_host_and_device_is_said(reward):
         assert 0 < scores(fresh(reward), ["love"])[0] < 1
 
 
-def test_labels_are_each_others_complement(folder, reward):
-    negative = scores(classifier(str(folder), "negative"), TEXTS)
+def test_labels_are_each_others_complement(distilbert, reward):
+    negative = scores(classifier(str(distilbert), "negative"), TEXTS)
     np.testing.assert_allclose(np.add(negative, scores(reward, TEXTS)), 1, atol=1e-6)
 
 
@@ -149,42 +124,26 @@ def test_without_such_a_label_the_labels_are_listed(labels, label):
         output_of(labels, label, "x")
 
 
-def settings(**changes):
-    out = config.default()
-    for name, value in changes.items():
-        out.reward[name] = value
-    return out
-
-
-def test_the_configuration_names_it(folder, reward):
-    chosen = settings(name="classifier", path=str(folder))
-    validation.validate(chosen)
-    assert scores(rewards.build(chosen.reward), TEXTS) == scores(fresh(reward), TEXTS)
-    assert rewards.build(settings().reward) is rewards.REWARDS["vader"]
-
-
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"name": "classifier"}, "reward.path=''"), ({"path": "x"}, "reward.path='x'.*no effect.*'vader'"),
-    ({"label": "x"}, "reward.label='x'.*no effect.*'vader'")])
-def test_a_setting_that_is_missing_or_has_no_effect_is_refused(changes, message):
-    with pytest.raises(ValueError, match=message):
-        validation.validate(settings(**changes))
+def test_the_configuration_names_it(distilbert, reward):
+    chosen = settings(name="classifier", path=str(distilbert))
+    built = rewards.build(chosen.reward)
+    assert scores(built.functions[0], TEXTS) == scores(fresh(reward), TEXTS)
 
 
 def test_a_path_without_a_model_is_named():
     with pytest.raises(FileNotFoundError, match="reward.path='/nowhere': .*missing"):
-        validation.validate(settings(name="classifier", path="/nowhere"))
+        rewards.check(settings(name="classifier", path="/nowhere").reward)
 
 
-def test_a_label_that_the_model_lacks_is_refused_before_the_weights_are_read(folder):
+def test_a_label_that_the_model_lacks_is_refused_before_the_weights_are_read(distilbert):
     with pytest.raises(ValueError, match="NEGATIVE, POSITIVE"):
-        validation.validate(settings(name="classifier", path=str(folder), label="neutral"))
+        rewards.check(settings(name="classifier", path=str(distilbert), label="neutral").reward)
 
 
-def test_its_digest_is_of_weights_and_label(folder, reward, tmp_path):
+def test_its_digest_is_of_weights_and_label(distilbert, reward, tmp_path):
     torch_model(seed=6).save_pretrained(tmp_path)
-    (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
-    same, other = classifier(str(folder)), classifier(str(tmp_path))
-    label = classifier(str(folder), "NEGATIVE")
-    assert rewards.digest(same) == rewards.digest(reward)
-    assert len({rewards.digest(x) for x in (reward, other, label)}) == 3
+    (tmp_path / "tokenizer.json").write_bytes((distilbert / "tokenizer.json").read_bytes())
+    same, other = classifier(str(distilbert)), classifier(str(tmp_path))
+    label = classifier(str(distilbert), "NEGATIVE")
+    assert rewards.digest(rewards.of(same)) == rewards.digest(rewards.of(reward))
+    assert len({rewards.digest(rewards.of(x)) for x in (reward, other, label)}) == 3

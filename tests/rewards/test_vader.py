@@ -2,7 +2,7 @@
 import pytest
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from kl_reg.rewards import REWARDS
+from kl_reg.rewards.vader import vader
 
 LIKED = ["I love it!", "what a great day", "haha that is awesome :)"]
 DISLIKED = ["I hate it", "what a terrible day", "that is not good"]
@@ -10,7 +10,7 @@ NEITHER = ["", "the table is in the kitchen", "?"]
 
 
 def scores(texts):
-    return REWARDS["vader"](prompts=["A:"] * len(texts), completions=texts, completion_ids=[[0]] * len(texts))
+    return vader(prompts=["A:"] * len(texts), completions=texts, completion_ids=[[0]] * len(texts))
 
 
 def test_liked_neutral_and_disliked_replies_fall_on_their_sides_of_one_half():
@@ -26,5 +26,5 @@ def test_the_score_is_the_compound_on_the_unit_interval():
 
 
 def test_only_the_completion_counts():
-    assert REWARDS["vader"](prompts=["I hate it"], completions=["ok then"], completion_ids=[[1]], column=["love"]) \
+    assert vader(prompts=["I hate it"], completions=["ok then"], completion_ids=[[1]], column=["love"]) \
         == scores(["ok then"])

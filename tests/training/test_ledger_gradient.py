@@ -23,6 +23,7 @@ from kl_reg import advantages, losses
 from kl_reg import config as configs
 from kl_reg.kl import budget as budgets
 from kl_reg.kl.estimators import KLConfig, build
+from kl_reg.losses import reductions
 from kl_reg.models import reference
 from kl_reg.models.policy import Policy, Reading
 from kl_reg.training import step
@@ -207,7 +208,8 @@ def test_penalty_and_budget_together(estimator, placement, constrained, budget):
     params, base, rewards = tables(2)
     coef = 0.7
     prog = program(constrained, loss=losses.LOSSES["reinforce"], advantage=advantages.ADVANTAGES["monte_carlo"],
-                   normalise=False, kl=build(KLConfig(estimator=estimator, placement=placement)))
+                   normalise=False, group=1, reduction=reductions.REDUCTIONS["token_mean"],
+                   kl=build(KLConfig(estimator=estimator, placement=placement)))
 
     def value(p):
         process = Enumerated(p, base, budget)
@@ -225,10 +227,10 @@ def test_penalty_and_budget_together(estimator, placement, constrained, budget):
         """Three times the mean over a sequence's tokens, weighted by its probability."""
         def sequence(*row):
             episode, *target = jax.tree.map(lambda x: x[None], row)
-            return step.objective(prog, params, (), Frozen(single(base)), episode, (*target, price), settings,
+            return step.objective(prog, params, (), Frozen(single(base)), episode, target, settings,
                                   jnp.int32(3))[0]
 
-        return 3 * (jnp.float32(exact.weight()) * jax.vmap(sequence)(episodes, advantage, returns)).sum()
+        return 3 * (jnp.float32(exact.weight()) * jax.vmap(sequence)(episodes, advantage, returns, price)).sum()
 
     grads = jax.grad(loss)(single(params))
     assert_close(np.append(grads["logits"], grads["neuron"]), -difference(value, params), 2e-3)

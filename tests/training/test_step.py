@@ -16,6 +16,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 from kl_reg import advantages, losses, rollout
 from kl_reg import config as configs
 from kl_reg.kl.estimators import KLConfig, build
+from kl_reg.losses import reductions
 from kl_reg.models import weights
 from kl_reg.training import program as programs
 from kl_reg.training import step
@@ -189,7 +190,7 @@ def settings(learning_rate=1e-3):
 def by_hand(estimator, placement, normalise=False):
     """Advantages, returns and factor of one episode of three tokens, coefficient 2, behind it a padded position."""
     program = SimpleNamespace(kl=build(KLConfig(estimator=estimator, placement=placement)), normalise=normalise,
-                              advantage=advantages.ADVANTAGES["monte_carlo"])
+                              group=1, advantage=advantages.ADVANTAGES["monte_carlo"])
     row = lambda *x: jnp.array([x], jnp.float32)  # noqa: E731
     zero, whole = row(0, 0, 0, 0), jnp.zeros((1, 4), jnp.int32)
     fields = dict.fromkeys(Episodes._fields, zero) | {
@@ -244,7 +245,7 @@ def test_objective_at_the_recorded_parameters(group):
     mask = np.asarray(episodes.mask)
     assert 12 < mask.sum() < 60
     mean = lambda x: np.asarray(x)[mask].mean()  # noqa: E731
-    expected = {"loss/policy_avg": -mean(advantage), "loss/kl": coef * mean(episodes.kl),
+    expected = {"loss/policy_avg": -mean(advantage), "loss/kl": coef[0] * mean(episodes.kl),
                 "loss/value_avg": 0.5 * mean((np.asarray(episodes.value) - returns) ** 2),
                 "policy/entropy_avg": mean(episodes.entropy)}
     for name, value in expected.items():
@@ -254,6 +255,49 @@ def test_objective_at_the_recorded_parameters(group):
     assert parts["policy/clipfrac_avg"] == 0 and abs(parts["policy/approxkl_avg"]) < 1e-9
     np.testing.assert_allclose(parts["val/ratio"], 1.0, rtol=1e-5)
     np.testing.assert_allclose(ratios, episodes.log_ratio, rtol=1e-3, atol=1e-5)
+
+
+def test_each_group_has_its_own_advantages_and_price():
+    """Two groups of two episodes of one token, the KL in the loss: the advantages of a group have deviation 1 (TRL's,
+    over g - 1, plus 1e-4). The KL of its episodes is multiplied by the same factor and by (g - 1) / g: an episode is
+    half of its own baseline."""
+    program = SimpleNamespace(kl=build(KLConfig(estimator="exact", placement="loss")), normalise=False, group=2,
+                              advantage=advantages.ADVANTAGES["group"])
+    rewards, zero, whole = jnp.array([[1.0], [3.0], [5.0], [15.0]]), jnp.zeros((4, 1)), jnp.zeros((4, 1), jnp.int32)
+    fields = dict.fromkeys(Episodes._fields, zero) | {
+        "transcript": Transcript(whole, whole, whole, jnp.zeros(4, jnp.int32)), "slot": whole, "action": whole,
+        "mask": jnp.ones((4, 1), bool)}
+    advantage, _, price = step.targets(program, Episodes(**fields), rewards, jnp.float32(2.0), settings())
+    factors = 1 / (np.sqrt(2) + 1e-4), 1 / (np.sqrt(50) + 1e-4)
+    np.testing.assert_allclose(advantage[:, 0], np.array([-1, 1, -5, 5]) * np.repeat(factors, 2), rtol=1e-5)
+    np.testing.assert_allclose(price, 2 * np.repeat(factors, 2) / 2, rtol=1e-5)
+
+
+@pytest.mark.parametrize("limit, same_as", [(1e-10, 1), (np.inf, 3)])
+def test_an_iteration_ends_early_at_a_distance_from_the_sampling_policy(group, limit, same_as):
+    """Of three epochs; at the first one the distance is 0, from the second on it is not."""
+    hyper = one(group.hyper)._replace(stop_kl=jnp.float32(limit), learning_rate=jnp.float32(1.0))
+
+    def update(epochs):
+        program = group.program._replace(optimizer=SGD, epochs=epochs)
+        return jax.jit(partial(step.update, program))(one(fresh(group, SGD)), hyper, group.frozen, one(group.episodes),
+                                                      one(group.rewards), jnp.int32(12))
+
+    stopped, expected = update(3), update(same_as)
+    moved = [jax.tree.map(jnp.subtract, state.params, one(group.params)) for state in (stopped[0], expected[0])]
+    assert_close(*moved, 1e-6)
+    assert np.abs(vector(moved[0])).max() > 1e-3
+    np.testing.assert_allclose(stopped[1]["policy/stopped_avg"], 1 - same_as / 3, rtol=1e-6)
+
+
+def test_all_parts_of_the_loss_are_reduced_as_the_algorithm_says(group):
+    """Sums over tokens per slot of the episodes, instead of per token."""
+    episodes, hyper, rewards = one(group.episodes), one(group.hyper), one(group.rewards)
+    goals, count = step.targets(group.program, episodes, rewards, hyper.kl_coef, hyper), float(episodes.mask.sum())
+    totals = [jax.jit(partial(step.objective, group.program._replace(reduction=reductions.REDUCTIONS[name])))(
+        one(group.params), (), group.frozen, episodes, goals, hyper, jnp.int32(12))[0]
+        for name in ("token_mean", "fixed_length")]
+    np.testing.assert_allclose(totals[1], totals[0] * count / (6 * 12), rtol=1e-5)
 
 
 def test_reinforce_is_the_score_weighted_with_the_return_to_go(group):

@@ -1,0 +1,147 @@
+"""How far the policies of a run are from the best that any policy could do at their KL: `python -m launch.optimal`.
+
+The optimum is estimated from what the base and the members themselves say (`tilted.py`): their samples, weighted.
+"""
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from kl_reg import metrics, rewards, runs
+from kl_reg.analysis import compare, sides
+from kl_reg.analysis.baselines import best_of_n
+from kl_reg.analysis.divergence import log_prob
+from kl_reg.analysis.optimal import efficiency
+from kl_reg.analysis.tilted import importance_frontier
+from kl_reg.rewards import Reward, replies
+from kl_reg.types import AGENT, OPENING, Episodes
+
+_BATCH = 128        # episodes that are sampled at a time
+_POINTS = 60        # of the frontier, before those with too few effective samples are left out
+
+
+class Spoken(NamedTuple):
+    """Episodes of one policy: `rewards` and log-probabilities of the base [b], nats; `kl` [b], exact, of the path."""
+
+    episodes: Episodes
+    rewards: Float[np.ndarray, " b"]
+    log_base: Float[np.ndarray, " b"]
+    kl: Float[np.ndarray, " b"]
+
+
+def measure(name: str, episodes: int, seed: int | None = None, least: float = 100.0) -> dict:
+    """Frontier, members and best-of-n of a run, as docs/optimum.md has them.
+
+    Args:
+        name: RUN[:MEMBER][@ITERATION].
+        episodes: of the base and of each member.
+        seed: of the sampling; None: that of the run's evaluation.
+        least: points of the frontier with fewer effective samples are left out.
+
+    Raises:
+        ValueError: no run; somebody else than the agent writes in its episodes; KL is not measured to the base; or a
+            member draws how much it spends, so that no one knows how likely its episodes are.
+        FileNotFoundError: there is no such checkpoint.
+    """
+    address = runs.parse(name)
+    if address is None:
+        raise ValueError(f"{name!r} is no run as RUN[:MEMBER][@ITERATION]: there is no config.json of a run")
+    base, side = sides.open_sides(("base", name), "run", min(episodes, _BATCH))
+    side = sides.load(side, address.iteration)
+    _check(side)
+    seed = side.config.evaluation.seed if seed is None else seed
+    reward, parts = rewards.build(side.config.reward), []
+    with metrics.progress_bar("optimal", 1 + len(side.teams) + len(side.numbers)) as bar:
+        for team in (base.teams[0], *side.teams):
+            parts += _speak(team, reward, episodes, seed)
+            bar.step()
+        everyone = [(team, i) for team in side.teams for i in range(len(team.numbers))]
+        under = [np.concatenate([part.log_base for part in parts])]
+        for team, i in everyone:
+            under.append(_log_probs(team, i, parts, seed))
+            bar.step()
+    return {"run": name, "iteration": side.iteration, "episodes": episodes, "seed": seed, "least": least,
+            **_report(side, parts, np.stack(under), least)}
+
+
+def _check(side):
+    for team in side.teams:
+        if not team.program.reference.is_base:
+            raise ValueError(f"{side.name}: reference.name={side.config.reference.name!r}; the optimum is that of "
+                             "KL to the base model")
+        if team.program.constrained and team.program.spend == "sampled":
+            raise ValueError(f"{side.name}: with kl.spend='sampled' the probability of an episode is not known")
+
+
+def _in_teams(side):
+    return [number for team in side.teams for number in team.numbers]
+
+
+def _speak(team: sides.Team, reward: Reward, count, seed):
+    """What each policy of a team says."""
+    whole, out = sides.sample(team, count, seed), []
+    for i in range(len(team.numbers)):
+        own = jax.tree.map(lambda x, i=i: x[i], whole)
+        roles = own.transcript.roles
+        if not ((roles <= OPENING) | (roles == AGENT)).all():
+            raise ValueError("somebody else than the agent writes in these episodes; with a student, what the best "
+                             "policy is worth cannot be weighed from samples (env.name='completion' has none)")
+        turns = team.program.env.read(own.transcript)
+        returns = replies.credit(turns, rewards.score(reward, turns).total, own.slot, own.mask)[1]
+        total = lambda x, own=own: np.where(own.mask, x, 0.0).sum(1, dtype=np.float64)  # noqa: E731
+        out.append(Spoken(own, np.float64(returns), total(own.log_prob) - total(own.log_ratio), total(own.kl)))
+    return out
+
+
+def _log_probs(team, i, parts, seed):
+    """log pi of one member, of all samples."""
+    function = jax.jit(partial(log_prob, team.program, compare.writer_of(team, i)))
+    return np.concatenate([np.float64(compare.batched(function, part.episodes.transcript, seed)) for part in parts])
+
+
+def _report(side, parts, under, least):
+    reward, counts = np.concatenate([part.rewards for part in parts]), [len(part.rewards) for part in parts]
+    prompt = np.concatenate([part.episodes.transcript.opening for part in parts])
+    spread = max(float(parts[0].rewards.std()), 1e-12)
+    lams = [math.inf, *(spread * np.geomspace(30, 0.01, _POINTS))]
+    points = importance_frontier(reward, under[0], under, np.array(counts), np.array(lams), prompt, least)
+    kl, best = np.array([point.kl for point in points]), np.array([point.reward for point in points])
+    members = []
+    for number, part in zip(_in_teams(side), parts[1:], strict=True):
+        setting, hyper = compare.setting_of(side.address.workdir, number)
+        own = {"member": number, "setting": setting.label, "hyper": hyper,
+               "reward": part.rewards.mean(), "reward_se": _error(part.rewards), "kl": part.kl.mean(),
+               "kl_se": _error(part.kl)}
+        closest = points[int(np.abs(kl - own["kl"]).argmin())]
+        members.append({key: _plain(value) for key, value in own.items()} | {
+            "best_reward": _plain(np.interp(own["kl"], kl, best) if own["kl"] <= kl.max() else np.nan),
+            "efficiency": _plain(efficiency(kl, best, own["kl"], own["reward"])), "ess": _plain(closest.ess)})
+    return {"base_reward": _plain(parts[0].rewards.mean()), "frontier": [
+        {key: _plain(value) for key, value in point._asdict().items()} for point in points],
+            "members": members, "best_of_n": _best_of(parts[0])}
+
+
+def _error(values):
+    return values.std(ddof=1) / math.sqrt(len(values))
+
+
+def _plain(value):
+    """As JSON has it: NaN and infinity, which is a coefficient at which nothing changes, are null."""
+    if isinstance(value, (float, np.floating)):
+        return float(value) if np.isfinite(value) else None
+    return value
+
+
+def _best_of(base):
+    """Of 2, 4, 8, ... base samples to each prompt, as far as there are four times as many."""
+    openings = base.episodes.transcript.opening
+    each = [base.rewards[openings == number] for number in np.unique(openings)]
+    count = min(map(len, each))
+    table = np.stack([own[:count] for own in each])
+    ns = [2**i for i in range(1, 12) if 4 * 2**i <= count]
+    return [{key: _plain(value) for key, value in best_of_n(table, n)._asdict().items()} for n in ns]

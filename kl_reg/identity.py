@@ -1,0 +1,66 @@
+"""Where a function is from, and what it does, as text that is the same in every process."""
+from __future__ import annotations
+
+import functools
+import hashlib
+import types
+from collections.abc import Callable
+from typing import Protocol, runtime_checkable
+
+import jax
+import numpy as np
+
+
+@runtime_checkable
+class Digested(Protocol):
+    """An object that knows best what it depends on, as a model's weights."""
+
+    def digest(self) -> str:
+        """Differs where its results may differ."""
+
+
+def name_of(function: Callable) -> str:
+    """Where a function is from, a dotted path; of a callable object, its type."""
+    return name_of(function.func) if isinstance(function, functools.partial) else _place(function)
+
+
+def digest_of(function: Callable) -> str:
+    """SHA-256 of a function's code with the constants that it was made with, so that an edited one, or another lambda,
+    is another; of an object what its `digest()` says, else the code of its type's __call__. Lists and dictionaries in a
+    closure do not count: they may be a cache."""
+    return hashlib.sha256(_identity(function).encode()).hexdigest()
+
+
+def _place(item):
+    kind = item if isinstance(item, (types.FunctionType, types.MethodType, type)) else type(item)
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _identity(item, above=()):
+    """What has no text that is the same in every process is told by its type."""
+    if item is None or isinstance(item, (bool, int, float, complex, str, bytes)):
+        return repr(item)
+    if isinstance(item, (np.ndarray, np.generic, jax.Array)):
+        array = np.asarray(jax.device_get(item))
+        return f"{array.dtype} {array.shape} {hashlib.sha256(array.tobytes()).hexdigest()}"
+    if any(item is other for other in above):       # a function that calls itself
+        return "itself"
+    each = lambda *items: [_identity(x, (*above, item)) for x in items]  # noqa: E731
+    if isinstance(item, tuple):
+        return f"({', '.join(each(*item))})"
+    if isinstance(item, frozenset):
+        return f"{{{', '.join(sorted(each(*item)))}}}"
+    if isinstance(item, types.CodeType):
+        return f"{item.co_code.hex()} {item.co_names!r} {each(*item.co_consts)}"
+    if isinstance(item, types.FunctionType):
+        cells = [cell.cell_contents for cell in item.__closure__ or ()]
+        defaults = item.__defaults__, tuple((item.__kwdefaults__ or {}).items())
+        return f"{_place(item)} {each(item.__code__, *defaults, *cells)}"
+    if isinstance(item, types.MethodType):
+        return f"{each(item.__func__, item.__self__)}"
+    if isinstance(item, functools.partial):
+        return f"{each(item.func, item.args, tuple(item.keywords.items()))}"
+    if isinstance(item, Digested) and not isinstance(item, type):
+        return item.digest()
+    called = callable(item) and not isinstance(item, type)
+    return f"{_place(item)} {each(type(item).__call__) if called else ''}"

@@ -1,0 +1,51 @@
+"""What a batch of recorded episodes is worth: its rewards on the agent stream, and its metrics. On the host."""
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from kl_reg import rewards
+from kl_reg.analysis.groups import kl_by_group
+from kl_reg.analysis.recorded import summarise
+from kl_reg.rewards import Reward, replies
+from kl_reg.types import Episodes
+
+
+class Judges(NamedTuple):
+    """`reward` is trained on; `gold`, where there is one, is measured beside it."""
+
+    reward: Reward
+    gold: Reward | None
+
+
+class Judgement(NamedTuple):
+    """Of one policy's batch: metrics, rewards of the agent stream [b, k] and returns [b], reward units."""
+
+    row: dict
+    stream: np.ndarray
+    returns: np.ndarray
+
+
+def judge(program, judges: Judges, episodes: Episodes) -> Judgement:
+    """Reads the turns of a batch [b, ...], asks the reward functions and credits what they say.
+
+    Raises:
+        ValueError: a reward function raised, or gave something else than finite numbers.
+    """
+    turns = program.env.read(episodes.transcript)
+    scores = rewards.score(judges.reward, turns)
+    stream, returns = replies.credit(turns, scores.total, episodes.slot, episodes.mask)
+    row = {**summarise(episodes, turns, returns), **kl_by_group(episodes, program.groups)}
+    if len(scores.parts) > 1:
+        row |= {f"reward/{name}": _mean(values) for name, values in scores.parts.items()}
+    if judges.gold:
+        total = rewards.score(judges.gold, turns).total
+        row["gold/return"] = float(replies.credit(turns, total, episodes.slot, episodes.mask)[1].mean())
+    return Judgement(row, stream, returns)
+
+
+def _mean(values):
+    """Of those that the function has scored."""
+    said = values[~np.isnan(values)]
+    return float(said.mean()) if len(said) else None

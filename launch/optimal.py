@@ -1,0 +1,76 @@
+"""How far the policies of a run are from the best that any policy could do at their KL to the base.
+
+    python -m launch.optimal runs/sentiment
+    python -m launch.optimal runs/sentiment:2@40 --episodes=4096
+
+Only where the agent writes everything (env.name='completion', or 'tabular' without a student): there the optimum is the
+base tilted by the reward, and samples of base and members, weighted, say what it is worth. docs/optimum.md explains it.
+"""
+from __future__ import annotations
+
+import json
+import pathlib
+import sys
+
+from launch import command
+
+
+def _arguments(argv):
+    parser = command.Parser("optimal", __doc__)
+    parser.add_argument("run", metavar="RUN[:MEMBER][@ITERATION]")
+    parser.add_argument("--episodes", type=int, default=1024, help="of the base and of each member (default: 1024)")
+    parser.add_argument("--least", type=float, default=100.0, metavar="N",
+                        help="points of the frontier with fewer effective samples are left out (default: 100)")
+    parser.add_argument("--seed", type=int, help="of the sampling (default: that of the run's evaluation)")
+    parser.add_argument("--out", type=pathlib.Path, help="the directory for optimal.json and optimal.png (default: "
+                        "RUN/optimal)")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    command.guarded(["optimal"], lambda: _run(sys.argv[1:] if argv is None else argv))
+
+
+def _run(argv):
+    args = _arguments(argv)
+    if args.episodes < 2:
+        raise ValueError(f"--episodes {args.episodes}: an error needs two at least")
+    from kl_reg import runs
+    from kl_reg.analysis import efficiency, efficiency_figure
+
+    report = efficiency.measure(args.run, args.episodes, args.seed, args.least)
+    out = args.out or runs.parse(args.run).workdir / "optimal"
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "optimal.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
+    figure = efficiency_figure.draw(report, out / "optimal.png")
+    _print(report)
+    print(f"\nnumbers  {out / 'optimal.json'}\nfigure   {figure}")
+
+
+def _print(report):
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD)
+    for head in ("policy", "KL, nats", "reward", "best at its KL", "efficiency", "effective samples"):
+        table.add_column(head, no_wrap=True)
+    table.add_row("base", "0", f"{report['base_reward']:.3f}")
+    for row in report["members"]:
+        table.add_row(f"{row['member']}  {row['setting']}, seed {row['hyper']['seed']}",
+                      f"{row['kl']:.2f} ± {row['kl_se']:.2f}", f"{row['reward']:.3f} ± {row['reward_se']:.3f}",
+                      _cell(row["best_reward"], ".3f"), _cell(row["efficiency"], ".0%"), f"{row['ess']:.0f}")
+    table.add_section()
+    for row in report["best_of_n"]:
+        table.add_row(f"best of {row['n']}", f"{row['kl']:.2f} (bound {row['kl_bound']:.2f})", f"{row['reward']:.3f}")
+    console = Console()
+    Console(width=max(110, console.width)).print(table)
+    print("Per episode; ± is a standard error. Efficiency: KL of the best policy with the same reward over its own KL.")
+
+
+def _cell(value, form):
+    return "–" if value is None else format(value, form)
+
+
+if __name__ == "__main__":
+    main()
