@@ -26,6 +26,7 @@ from rich import box
 from rich.console import Console, Group
 from rich.table import Table
 
+from benchmarks import completion_frontier
 from kl_reg import config as configs
 from kl_reg import metrics, rollout, validation
 from kl_reg.analysis.optimal import efficiency, frontier, soft_optimum
@@ -190,7 +191,7 @@ def report(result: dict) -> Group:
     return Group(title, table, f"Below the limit: {'; '.join(missed)}." if missed else "All limits hold.")
 
 
-PARTS = {"tabular": (measure, report)}
+PARTS = {"tabular": (measure, report), "completion": (completion_frontier.measure, completion_frontier.report)}
 """measure(seed) -> a dictionary for JSON, whose "holds" says whether all limits hold; report(it) -> what is printed."""
 
 

@@ -96,7 +96,7 @@ def _validate_algorithm(rl):
     if rl.group == 1 and rl.advantage in _RELATIVE:
         raise ValueError(f"rl.advantage={rl.advantage!r} compares episodes with the same opening: rl.group must be at "
                          "least 2")
-    for key, low in (("dual_clip", 1 + rl.clip_high), ("temperature", 0)):
+    for key, low in (("dual_clip", 1 + rl.clip_high * (rl.loss == "dual_clip")), ("temperature", 0)):
         if not (math.isfinite(rl[key]) and rl[key] > low):
             raise ValueError(f"rl.{key}={rl[key]!r} must be a number above {low:g}")
 

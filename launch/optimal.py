@@ -21,6 +21,8 @@ def _arguments(argv):
     parser.add_argument("--episodes", type=int, default=1024, help="of the base and of each member (default: 1024)")
     parser.add_argument("--least", type=float, default=100.0, metavar="N",
                         help="points of the frontier with fewer effective samples are left out (default: 100)")
+    parser.add_argument("--beside", action="append", default=[], metavar="MODEL", help="another model of the same "
+                        "vocabulary, as in model.path, held against the frontier, too; may be given several times")
     parser.add_argument("--seed", type=int, help="of the sampling (default: that of the run's evaluation)")
     parser.add_argument("--out", type=pathlib.Path, help="the directory for optimal.json and optimal.png (default: "
                         "RUN/optimal)")
@@ -38,7 +40,7 @@ def _run(argv):
     from kl_reg import runs
     from kl_reg.analysis import efficiency, efficiency_figure
 
-    report = efficiency.measure(args.run, args.episodes, args.seed, args.least)
+    report = efficiency.measure(args.run, args.episodes, args.seed, args.least, args.beside)
     out = args.out or runs.parse(args.run).workdir / "optimal"
     out.mkdir(parents=True, exist_ok=True)
     (out / "optimal.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
@@ -57,7 +59,7 @@ def _print(report):
         table.add_column(head, no_wrap=True)
     table.add_row("base", "0", f"{report['base_reward']:.3f}")
     for row in report["members"]:
-        table.add_row(f"{row['member']}  {row['setting']}, seed {row['hyper']['seed']}",
+        table.add_row(row["title"] if row["member"] is None else f"{row['member']}  {row['title']}",
                       f"{row['kl']:.2f} ± {row['kl_se']:.2f}", f"{row['reward']:.3f} ± {row['reward_se']:.3f}",
                       _cell(row["best_reward"], ".3f"), _cell(row["efficiency"], ".0%"), f"{row['ess']:.0f}")
     table.add_section()

@@ -5,6 +5,7 @@ The optimum is estimated from what the base and the members themselves say (`til
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -34,7 +35,8 @@ class Spoken(NamedTuple):
     kl: Float[np.ndarray, " b"]
 
 
-def measure(name: str, episodes: int, seed: int | None = None, least: float = 100.0) -> dict:
+def measure(name: str, episodes: int, seed: int | None = None, least: float = 100.0, beside: Sequence[str] = ()
+            ) -> dict:
     """Frontier, members and best-of-n of a run, as docs/optimum.md has them.
 
     Args:
@@ -42,10 +44,12 @@ def measure(name: str, episodes: int, seed: int | None = None, least: float = 10
         episodes: of the base and of each member.
         seed: of the sampling; None: that of the run's evaluation.
         least: points of the frontier with fewer effective samples are left out.
+        beside: models of the same vocabulary, as `model.path`, that are held against the frontier, too.
 
     Raises:
-        ValueError: no run; somebody else than the agent writes in its episodes; KL is not measured to the base; or a
-            member draws how much it spends, so that no one knows how likely its episodes are.
+        ValueError: no run, or another vocabulary; somebody else than the agent writes in its episodes; KL is not
+            measured to the base; or a member draws how much it spends, so that no one knows how likely its episodes
+            are.
         FileNotFoundError: there is no such checkpoint.
     """
     address = runs.parse(name)
@@ -56,17 +60,19 @@ def measure(name: str, episodes: int, seed: int | None = None, least: float = 10
     _check(side)
     seed = side.config.evaluation.seed if seed is None else seed
     reward, parts = rewards.build(side.config.reward), []
-    with metrics.progress_bar("optimal", 1 + len(side.teams) + len(side.numbers)) as bar:
-        for team in (base.teams[0], *side.teams):
+    others = [sides.open_sides((path, name), "run", min(episodes, _BATCH))[0].teams[0] for path in beside]
+    teams = [*side.teams, *others]
+    everyone = [(team, i) for team in teams for i in range(len(team.numbers))]
+    with metrics.progress_bar("optimal", 1 + len(teams) + len(everyone)) as bar:
+        for team in (base.teams[0], *teams):
             parts += _speak(team, reward, episodes, seed)
             bar.step()
-        everyone = [(team, i) for team in side.teams for i in range(len(team.numbers))]
         under = [np.concatenate([part.log_base for part in parts])]
         for team, i in everyone:
             under.append(_log_probs(team, i, parts, seed))
             bar.step()
     return {"run": name, "iteration": side.iteration, "episodes": episodes, "seed": seed, "least": least,
-            **_report(side, parts, np.stack(under), least)}
+            **_report([*_members(side), *map(_model, beside)], parts, np.stack(under), least)}
 
 
 def _check(side):
@@ -78,8 +84,15 @@ def _check(side):
             raise ValueError(f"{side.name}: with kl.spend='sampled' the probability of an episode is not known")
 
 
-def _in_teams(side):
-    return [number for team in side.teams for number in team.numbers]
+def _members(side):
+    """Who they are, in the order of their teams."""
+    for number in (number for team in side.teams for number in team.numbers):
+        setting, hyper = compare.setting_of(side.address.workdir, number)
+        yield {"member": number, "title": f"{setting.label}, seed {hyper['seed']}", "hyper": hyper}
+
+
+def _model(path):
+    return {"member": None, "title": path, "hyper": {}}
 
 
 def _speak(team: sides.Team, reward: Reward, count, seed):
@@ -104,7 +117,7 @@ def _log_probs(team, i, parts, seed):
     return np.concatenate([np.float64(compare.batched(function, part.episodes.transcript, seed)) for part in parts])
 
 
-def _report(side, parts, under, least):
+def _report(names, parts, under, least):
     reward, counts = np.concatenate([part.rewards for part in parts]), [len(part.rewards) for part in parts]
     prompt = np.concatenate([part.episodes.transcript.opening for part in parts])
     spread = max(float(parts[0].rewards.std()), 1e-12)
@@ -112,11 +125,9 @@ def _report(side, parts, under, least):
     points = importance_frontier(reward, under[0], under, np.array(counts), np.array(lams), prompt, least)
     kl, best = np.array([point.kl for point in points]), np.array([point.reward for point in points])
     members = []
-    for number, part in zip(_in_teams(side), parts[1:], strict=True):
-        setting, hyper = compare.setting_of(side.address.workdir, number)
-        own = {"member": number, "setting": setting.label, "hyper": hyper,
-               "reward": part.rewards.mean(), "reward_se": _error(part.rewards), "kl": part.kl.mean(),
-               "kl_se": _error(part.kl)}
+    for name, part in zip(names, parts[1:], strict=True):
+        own = name | {"reward": part.rewards.mean(), "reward_se": _error(part.rewards), "kl": part.kl.mean(),
+                      "kl_se": _error(part.kl)}
         closest = points[int(np.abs(kl - own["kl"]).argmin())]
         members.append({key: _plain(value) for key, value in own.items()} | {
             "best_reward": _plain(np.interp(own["kl"], kl, best) if own["kl"] <= kl.max() else np.nan),

@@ -29,16 +29,22 @@ def draw(report: dict, path: pathlib.Path) -> pathlib.Path:
         for row in nears:
             axes.annotate(str(row["n"]), (row["kl"], row["reward"]), (4, -10), textcoords="offset points", fontsize=8,
                           color="tab:orange")
-        members = report["members"]
-        axes.errorbar([row["kl"] for row in members], [row["reward"] for row in members],
-                      [2 * row["reward_se"] for row in members], [2 * row["kl_se"] for row in members], "o",
-                      color="tab:blue", ms=5, lw=1, label="learned (efficiency at the points)")
-        for row in members:
-            if row["efficiency"] is not None:
-                axes.annotate(f"{row['efficiency']:.0%}", (row["kl"], row["reward"]), (6, -12),
-                              textcoords="offset points", fontsize=8.5, color="tab:blue")
+        own = [row for row in report["members"] if row["member"] is not None]
+        others = [row for row in report["members"] if row["member"] is None]
+        for rows, color, name in ((own, "tab:blue", "learned"), (others, "tab:red", "beside it")):
+            if rows:
+                _policies(axes, rows, color, f"{name} (efficiency at the points)")
         axes.set(xlabel="KL to the base (nats per episode)", ylabel="reward per episode",
                  title=f"{report['run']}: {report['episodes']} episodes a policy; bars and band: 2 standard errors")
         axes.set_xlim(left=min(0, axes.get_xlim()[0]))
         axes.legend(loc="lower right")
         return save(figure, path)
+
+
+def _policies(axes, rows, color, label):
+    kl, reward, kl_se, reward_se = ([row[key] for row in rows] for key in ("kl", "reward", "kl_se", "reward_se"))
+    axes.errorbar(kl, reward, 2 * np.array(reward_se), 2 * np.array(kl_se), "o", color=color, ms=5, lw=1, label=label)
+    for row in rows:
+        if row["efficiency"] is not None:
+            axes.annotate(f"{row['efficiency']:.0%}", (row["kl"], row["reward"]), (6, -12), textcoords="offset points",
+                          fontsize=8.5, color=color)

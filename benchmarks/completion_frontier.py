@@ -1,0 +1,99 @@
+"""The completion part of `benchmarks.optimality`: frontier efficiency on a real model, ours beside TRL's RLOO.
+
+Both finetune all weights of the embedded model on the sentiment of one reply, with the same number of episodes, for a
+few KL coefficients. Efficiency at 2, 4 and 6 nats is that of the reward which each reaches there, between its policies.
+"""
+from __future__ import annotations
+
+import json
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+import numpy as np
+from rich import box
+from rich.console import Group
+from rich.table import Table
+
+import kl_reg
+from configs import sentiment_completion
+from kl_reg.analysis import efficiency as efficiencies
+from kl_reg.analysis.optimal import efficiency
+from kl_reg.models import folders
+
+NATS = (2.0, 4.0, 6.0)
+EPISODES = 2048         # of each policy, to measure it
+PEER = {"group": 16, "epochs": 1, "rate": 3e-4, "coefficients": [0.01, 0.03, 0.09]}
+
+
+def measure(seed: int) -> dict:
+    """{"holds", "rows", "report"}: `holds` where ours is ahead at each KL."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        config = sentiment_completion.get_config()
+        config.sweep = [entry | {"seed": (seed,)} for entry in config.sweep]
+        ours = kl_reg.train(config, workdir=folder / "ours")
+        tokens = sum(json.loads(line)["tokens"] for line in
+                     (folder / "ours/members/0/metrics.jsonl").read_text().splitlines())
+        peers = _peer(config, folder, seed)
+        beside = [str(path) for path in peers]
+        report = efficiencies.measure(str(ours.workdir), EPISODES, beside=beside)
+        sampled = [json.loads((path / "sampled.json").read_text())["tokens"] for path in peers]
+    for row, coefficient in zip(report["members"][-len(peers):], PEER["coefficients"], strict=True):
+        row["title"] = f"TRL RLOO, beta {coefficient}"
+    rows = [_at(report, nats, own) for nats in NATS for own in (True, False)]
+    holds = all((ours["efficiency"] or 0) > (peer["efficiency"] or 0)
+                for ours, peer in zip(rows[::2], rows[1::2], strict=True))
+    report["run"] = "configs/sentiment_completion.py"
+    return {"holds": holds, "seed": seed, "tokens": {"kl_reg": tokens, "TRL RLOO": sampled}, "peer": PEER, "rows": rows,
+            "report": report}
+
+
+def _peer(config, folder, seed):
+    """Trains TRL's policies in a process of its own; where they are."""
+    settings = {"model": str(folders.find(config.model.path)), "prompt": config.env.opening, "end": config.env.end,
+                "length": config.env.length, "episodes": config.rl.episodes, "iterations": config.rl.iterations,
+                "seed": seed, "out": str(folder / "peer"), **PEER}
+    (folder / "peer.json").write_text(json.dumps(settings))
+    subprocess.run([sys.executable, "-m", "benchmarks.trl_rloo", str(folder / "peer.json")], check=True)
+    return [folder / "peer" / str(coefficient) for coefficient in PEER["coefficients"]]
+
+
+def _at(report, nats, own):
+    """The reward at that KL, between a trainer's policies, and its efficiency; None beyond the farthest of them."""
+    kl, reward = (np.array([point[key] for point in report["frontier"]]) for key in ("kl", "reward"))
+    ess = np.array([point["ess"] for point in report["frontier"]])
+    policies = sorted((row["kl"], row["reward"]) for row in report["members"] if (row["member"] is not None) == own)
+    at, reached = np.array([(0.0, report["base_reward"]), *policies]).T
+    row = {"trainer": "kl_reg" if own else "TRL RLOO", "nats": nats, "reward": None, "efficiency": None, "ess": None}
+    if at[-1] < nats:
+        return row
+    value = float(np.interp(nats, at, reached))
+    worth = efficiency(kl, reward, nats, value)
+    needed = int(np.abs(kl - worth * nats).argmin()) if np.isfinite(worth) else int(np.abs(kl - nats).argmin())
+    return row | {"reward": value, "efficiency": worth if np.isfinite(worth) else None, "ess": float(ess[needed])}
+
+
+def report(result: dict) -> Group:
+    """Every policy, and both trainers at equal KL."""
+    policies, equal = Table(box=box.SIMPLE, padding=0), Table(box=box.SIMPLE, padding=0)
+    for table, names in ((policies, ("policy", "nats", "reward", "efficiency")),
+                         (equal, ("at nats", "trainer", "reward", "efficiency", "effective samples"))):
+        for column in names:
+            table.add_column(column, justify="left" if column in ("policy", "trainer") else "right")
+    for row in result["report"]["members"]:
+        policies.add_row(row["title"], f"{row['kl']:.2f} ± {row['kl_se']:.2f}",
+                         f"{row['reward']:.4f} ± {row['reward_se']:.4f}", _percent(row["efficiency"]))
+    for row in result["rows"]:
+        equal.add_row(f"{row['nats']:g}", row["trainer"], "-" if row["reward"] is None else f"{row['reward']:.4f}",
+                      _percent(row["efficiency"]), "-" if row["ess"] is None else f"{row['ess']:.0f}")
+    tokens = result["tokens"]
+    title = (f"Sentiment of one reply, embedded model; tokens sampled by a policy: kl_reg {tokens['kl_reg']}, TRL RLOO "
+             f"{', '.join(map(str, tokens['TRL RLOO']))}. Efficiency: KL of the best policy with the same reward over "
+             "the policy's; effective samples of the frontier's point where that reward is.")
+    return Group(title, policies, equal, f"kl_reg is {'' if result['holds'] else 'not '}ahead at each KL.")
+
+
+def _percent(value):
+    return "-" if value is None else f"{value:.1%}"
