@@ -43,8 +43,8 @@ def measure(seed: int) -> dict:
     for row, coefficient in zip(report["members"][-len(peers):], PEER["coefficients"], strict=True):
         row["title"] = f"TRL RLOO, beta {coefficient}"
     rows = [_at(report, nats, own) for nats in NATS for own in (True, False)]
-    holds = all((ours["efficiency"] or 0) > (peer["efficiency"] or 0)
-                for ours, peer in zip(rows[::2], rows[1::2], strict=True))
+    holds = all(None not in (own["efficiency"], peer["efficiency"]) and own["efficiency"] > peer["efficiency"]
+                for own, peer in zip(rows[::2], rows[1::2], strict=True))
     report["run"] = "configs/sentiment_completion.py"
     return {"holds": holds, "seed": seed, "tokens": {"kl_reg": tokens, "TRL RLOO": sampled}, "peer": PEER, "rows": rows,
             "report": report}

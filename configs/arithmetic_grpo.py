@@ -3,7 +3,7 @@
     python -m launch.fetch smollm2
     python -m launch.train --config=configs/arithmetic_grpo.py --workdir=runs/arithmetic
 
-About 9 minutes on two cores that were shared (7.5 minutes of processor time). One seed: right answers go from 0.17 ±
+About 9 minutes on two busy cores (7.5 minutes of processor time). One seed: right answers go from 0.17 ±
 0.02 to 0.62 ± 0.02 for 2.18 ± 0.06 nats per episode (512 episodes of the evaluation, ± standard error). Training draws
 182 of the 2,401 problems; on the others it is 0.61 ± 0.02. The policy did not only get surer: the base, decoded
 greedily, is right in 0.39 ± 0.02 of 480 problems.

@@ -237,6 +237,7 @@ def override(config: ConfigDict, member: dict) -> ConfigDict:
         if key not in known or key == "sweep":
             raise ValueError(f"sweep: unknown setting {key!r}; settings are {', '.join(sorted(known))}")
         try:
+            default().update_from_flattened_dict({key: value})      # which knows the type of what is None here
             config.update_from_flattened_dict({key: value})
         except (TypeError, ValueError) as error:
             raise ValueError(f"sweep: {key}={value!r}: {error}") from None

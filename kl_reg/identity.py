@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 import types
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
@@ -21,13 +22,14 @@ class Digested(Protocol):
 
 def name_of(function: Callable) -> str:
     """Where a function is from, a dotted path; of a callable object, its type."""
+    function = inspect.unwrap(function)         # of jax.jit, functools.cache, ...
     return name_of(function.func) if isinstance(function, functools.partial) else _place(function)
 
 
 def digest_of(function: Callable) -> str:
     """SHA-256 of a function's code with the constants that it was made with, so that an edited one, or another lambda,
     is another; of an object what its `digest()` says, else the code of its type's __call__. Lists and dictionaries in a
-    closure do not count: they may be a cache."""
+    closure do not count, they may be a cache; nor do globals and an object's attributes."""
     return hashlib.sha256(_identity(function).encode()).hexdigest()
 
 
@@ -43,6 +45,8 @@ def _identity(item, above=()):
     if isinstance(item, (np.ndarray, np.generic, jax.Array)):
         array = np.asarray(jax.device_get(item))
         return f"{array.dtype} {array.shape} {hashlib.sha256(array.tobytes()).hexdigest()}"
+    if callable(item):
+        item = inspect.unwrap(item)
     if any(item is other for other in above):       # a function that calls itself
         return "itself"
     each = lambda *items: [_identity(x, (*above, item)) for x in items]  # noqa: E731

@@ -26,6 +26,11 @@ _NOT_NEGATIVE = ("kl.coef", "kl.target", "kl.horizon", "kl.rate", "kl.gain", "kl
 _RELATIVE = ("leave_one_out", "group", "group_mean")
 """Advantages that compare the episodes of a group."""
 
+_IDLE = {"teacher_student": ("writers",),
+         "completion": ("opening_turns", "teacher", "student", "markers", "turns", "student_model", "writers"),
+         "tabular": ("openings", "opening_turns", "split", "column", "teacher", "student", "markers", "turns")}
+"""Settings of `env` that say nothing to an environment."""
+
 _LIMITS = ("rl.stop_kl", "rl.truncation", "rl.value_clip")
 _PARTS = ("rl.discount", "rl.gae_lambda", "policy.spend_init", "reference.decay", "reference.alpha",
           "sampling.min_p")
@@ -56,7 +61,10 @@ def _validate_member(config):
     values = flat(config)
     given = [key for key in BUDGETS if values[key] is not None]
     limits = [key for key in _LIMITS if values[key] is not None]
-    for key in (*_AT_LEAST_ONE, *_NOT_NEGATIVE, *_PARTS, *given, *limits):
+    for key in limits:
+        if not values[key] > 0:
+            raise ValueError(f"{key}={values[key]!r} must be above 0 (None or infinite: no limit)")
+    for key in (*_AT_LEAST_ONE, *_NOT_NEGATIVE, *_PARTS, *given):
         value, low = values[key], 1 if key in _AT_LEAST_ONE else 0
         if not math.isfinite(value) or value < low:
             raise ValueError(f"{key}={value!r} must be a number of at least {low}")
@@ -75,7 +83,7 @@ def _validate_member(config):
     _validate_reference(config)
     if config.env.student_model:
         _fitting_model(config, "env.student_model", config.env.student_model)
-    envs.ENVIRONMENTS[config.env.name]  # noqa: B018 - raises for an unknown name
+    _validate_environment(config.env)
     rewards.check(config.reward)
     shapes = weights.load_config(config.model.path, config.model.dtype)
     if config.policy.kind == "lora":
@@ -86,10 +94,19 @@ def _validate_member(config):
         raise ValueError(f"env.length={config.env.length}: longer than the model's context of {shapes.max_position}")
 
 
+def _validate_environment(env):
+    envs.ENVIRONMENTS[env.name]  # noqa: B018 - raises for an unknown name
+    if env.name in _IDLE:
+        for key in _IDLE[env.name]:
+            if env[key] != default().env[key]:
+                raise ValueError(f"env.{key}={env[key]!r} has no effect with env.name={env.name!r}")
+
+
 def _validate_algorithm(rl):
     for registry, name in ((losses.LOSSES, rl.loss), (advantages.ADVANTAGES, rl.advantage),
                            (reductions.REDUCTIONS, rl.reduction)):
-        registry[name]  # noqa: B018 - raises for an unknown name
+        if not callable(registry[name]):
+            raise ValueError(f"{registry.kind}={name!r} is {registry[name]!r}, no function")
     for key in ("minibatches", "group"):
         if rl.episodes % rl[key]:
             raise ValueError(f"rl.episodes={rl.episodes} must be a multiple of rl.{key}={rl[key]}")

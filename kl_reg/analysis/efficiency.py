@@ -18,7 +18,7 @@ from kl_reg.analysis import compare, sides
 from kl_reg.analysis.baselines import best_of_n
 from kl_reg.analysis.divergence import log_prob
 from kl_reg.analysis.optimal import efficiency
-from kl_reg.analysis.tilted import importance_frontier
+from kl_reg.analysis.tilted import Tilted, importance_frontier
 from kl_reg.rewards import Reward, replies
 from kl_reg.types import AGENT, OPENING, Episodes
 
@@ -48,8 +48,8 @@ def measure(name: str, episodes: int, seed: int | None = None, least: float = 10
 
     Raises:
         ValueError: no run, or another vocabulary; somebody else than the agent writes in its episodes; KL is not
-            measured to the base; or a member draws how much it spends, so that no one knows how likely its episodes
-            are.
+            measured to the base; a member draws how much it spends, so that no one knows how likely its episodes are;
+            or no point has samples enough.
         FileNotFoundError: there is no such checkpoint.
     """
     address = runs.parse(name)
@@ -62,15 +62,19 @@ def measure(name: str, episodes: int, seed: int | None = None, least: float = 10
     reward, parts = rewards.build(side.config.reward), []
     others = [sides.open_sides((path, name), "run", min(episodes, _BATCH))[0].teams[0] for path in beside]
     teams = [*side.teams, *others]
-    everyone = [(team, i) for team in teams for i in range(len(team.numbers))]
-    with metrics.progress_bar("optimal", 1 + len(teams) + len(everyone)) as bar:
+    with metrics.progress_bar("optimal", 1 + len(teams) + sum(len(team.numbers) for team in teams)) as bar:
         for team in (base.teams[0], *teams):
-            parts += _speak(team, reward, episodes, seed)
+            # Each with keys of its own: policies near each other would say the same, and count as many samples.
+            parts += _speak(team, reward, episodes, range(seed + len(parts), seed + len(parts) + len(team.numbers)))
             bar.step()
         under = [np.concatenate([part.log_base for part in parts])]
-        for team, i in everyone:
-            under.append(_log_probs(team, i, parts, seed))
-            bar.step()
+        for team in teams:
+            read = jax.jit(partial(log_prob, team.program))
+            for i in range(len(team.numbers)):
+                function = partial(read, compare.writer_of(team, i))
+                under.append(np.concatenate([np.float64(compare.batched(function, part.episodes.transcript, seed))
+                                             for part in parts]))
+                bar.step()
     return {"run": name, "iteration": side.iteration, "episodes": episodes, "seed": seed, "least": least,
             **_report([*_members(side), *map(_model, beside)], parts, np.stack(under), least)}
 
@@ -95,9 +99,9 @@ def _model(path):
     return {"member": None, "title": path, "hyper": {}}
 
 
-def _speak(team: sides.Team, reward: Reward, count, seed):
+def _speak(team: sides.Team, reward: Reward, count, seeds):
     """What each policy of a team says."""
-    whole, out = sides.sample(team, count, seed), []
+    whole, out = sides.sample(team, count, list(seeds)), []
     for i in range(len(team.numbers)):
         own = jax.tree.map(lambda x, i=i: x[i], whole)
         roles = own.transcript.roles
@@ -111,18 +115,8 @@ def _speak(team: sides.Team, reward: Reward, count, seed):
     return out
 
 
-def _log_probs(team, i, parts, seed):
-    """log pi of one member, of all samples."""
-    function = jax.jit(partial(log_prob, team.program, compare.writer_of(team, i)))
-    return np.concatenate([np.float64(compare.batched(function, part.episodes.transcript, seed)) for part in parts])
-
-
 def _report(names, parts, under, least):
-    reward, counts = np.concatenate([part.rewards for part in parts]), [len(part.rewards) for part in parts]
-    prompt = np.concatenate([part.episodes.transcript.opening for part in parts])
-    spread = max(float(parts[0].rewards.std()), 1e-12)
-    lams = [math.inf, *(spread * np.geomspace(30, 0.01, _POINTS))]
-    points = importance_frontier(reward, under[0], under, np.array(counts), np.array(lams), prompt, least)
+    points = _frontier(parts, under, least)
     kl, best = np.array([point.kl for point in points]), np.array([point.reward for point in points])
     members = []
     for name, part in zip(names, parts[1:], strict=True):
@@ -135,6 +129,34 @@ def _report(names, parts, under, least):
     return {"base_reward": _plain(parts[0].rewards.mean()), "frontier": [
         {key: _plain(value) for key, value in point._asdict().items()} for point in points],
             "members": members, "best_of_n": _best_of(parts[0])}
+
+
+def _frontier(parts, under, least):
+    """Each prompt has an optimum of its own; together they weigh as they were drawn, as the policies' means do."""
+    reward = np.concatenate([part.rewards for part in parts])
+    prompt = np.concatenate([part.episodes.transcript.opening for part in parts])
+    policy = np.repeat(np.arange(len(parts)), [len(part.rewards) for part in parts])
+    spread = max(float(parts[0].rewards.std()), 1e-12)
+    lams, labels = np.array([math.inf, *(spread * np.geomspace(30, 0.01, _POINTS))]), np.unique(prompt)
+    each = []
+    for label in labels:
+        rows = np.flatnonzero(prompt == label)
+        counts = np.bincount(policy[rows], minlength=len(parts))
+        each.append(importance_frontier(reward[rows], under[0][rows], under[:, rows], counts, lams, least=0.0))
+    weight = np.array([(prompt == label).mean() for label in labels])
+    points = []
+    for lam, same in zip(lams, zip(*each, strict=True), strict=True):
+        column = {key: np.array([getattr(point, key) for point in same]) for key in Tilted._fields}
+        mean = lambda values: float((weight * values).sum())  # noqa: E731
+        error = lambda values: float(np.sqrt(((weight * values) ** 2).sum()))  # noqa: E731
+        points.append(Tilted(float(lam), mean(column["reward"]), error(column["reward_se"]), mean(column["kl"]),
+                             error(column["kl_se"]), float(column["ess"].min())))
+    kept = [point for point in points if point.ess >= least]
+    if not kept:
+        raise ValueError(f"no point of the frontier has {least:g} effective samples: {len(labels)} prompts share "
+                         f"{len(reward)} episodes, and each prompt needs its own; the most is "
+                         f"{max(point.ess for point in points):.0f}. Take more episodes, or a smaller least")
+    return kept
 
 
 def _error(values):

@@ -148,8 +148,7 @@ def _glance(sweep, points, parts):
              f"<b>{escaped(best.setting.label)}</b>, for {best.kl:.2f} nats per episode."]
     if early:
         facts.append(f"Paid early: the first quarter of an episode's positions carries <b>{early[0][0]:.0%}</b> "
-                     f"({escaped(early[0][1])}) to <b>{early[-1][0]:.0%}</b> ({escaped(early[-1][1])}) of its KL; 25 % "
-                     "would be an even spread.")
+                     f"({escaped(early[0][1])}) to <b>{early[-1][0]:.0%}</b> ({escaped(early[-1][1])}) of its KL.")
     for who in ("teacher", "student"):
         silent = [(float(stats.mean_and_error(stats.silent_rates(p.setting.members)[who])[0][0]), p.setting.label)
                   for p in points]

@@ -245,10 +245,14 @@ def in_place_of_agent(config: decoder.DecoderConfig, other: decoder.DecoderConfi
     return Policy(None, prefill, decode, None, reread, read, relative=False, shared=False)
 
 
-def sample(team: Team, count: int, seed: int) -> Episodes:
-    """`count` episodes [members, count, ...]; with the seed of a run's evaluation, those of its evaluation."""
+def sample(team: Team, count: int, seed: int | Sequence[int]) -> Episodes:
+    """`count` episodes [members, count, ...]; with the seed of a run's evaluation, those of its evaluation.
+
+    Args:
+        seed: of all members, or one each.
+    """
     members, parts = len(team.numbers), []
-    keys = rollout.member_keys(jnp.full(members, seed), jnp.zeros(members, jnp.int32))
+    keys = rollout.member_keys(jnp.broadcast_to(jnp.asarray(seed), members), jnp.zeros(members, jnp.int32))
     for first in range(0, count, team.program.episodes):
         episodes = team.sample(team.params, team.memory, team.hyper, team.frozen, keys,
                                jnp.full(members, first, jnp.int32))

@@ -41,8 +41,12 @@ class Rows(NamedTuple):
 
     def digest(self) -> str:
         """SHA-256 of prompts and columns."""
-        return hashlib.sha256(json.dumps([self.prompts, self.columns], sort_keys=True, default=_written).encode()
-                              ).hexdigest()
+        try:
+            written = json.dumps([self.prompts, self.columns], sort_keys=True, default=_written)
+        except TypeError as error:
+            raise ValueError(f"env.openings: a column holds what the run's fingerprint cannot be made of ({error}); "
+                             "remove the column") from None
+        return hashlib.sha256(written.encode()).hexdigest()
 
 
 def plain(kind: str, prompts: list) -> Rows:
@@ -67,7 +71,7 @@ def read(config: ConfigDict) -> Rows:
     if path.suffix in (".txt", ".jsonl") and not path.is_dir():
         rows = [(f"line {number}", {config.column: line} if path.suffix == ".txt" else _object(config, number, line))
                 for number, line in _lines(config, path) if line.strip()]
-    elif path.is_dir() or _HUB.fullmatch(config.openings):
+    elif path.is_dir() or _HUB.fullmatch(config.openings) and not path.exists():
         rows = [(f"row {number}", row) for number, row in enumerate(_dataset(config, path), start=1)]
     elif _DOTTED.fullmatch(config.openings) and not path.exists():
         rows = [(f"row {number}", row) for number, row in enumerate(_made(config), start=1)]
@@ -214,6 +218,8 @@ def padded(rows: Sequence[Sequence[int]]) -> Openings:
 
 def _written(value):
     """What JSON cannot hold, for a digest."""
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
     if isinstance(value, bytes | decimal.Decimal | _DATED):
         return repr(value)
     raise ValueError(f"env.openings: a column holds {type(value).__name__}, which the run's fingerprint cannot be made "

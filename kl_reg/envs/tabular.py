@@ -1,4 +1,4 @@
-"""A language model that can be enumerated: at most 16 tokens, episodes of at most 8.
+"""A language model that can be enumerated (`analysis/tree.py`): at most 16 tokens, episodes of at most 8.
 
 Who writes which token is fixed beforehand, nothing ends an episode early, and the reward function is asked about all
 that was written. So policies, returns and KL can be summed over all sequences.

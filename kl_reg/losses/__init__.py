@@ -46,8 +46,10 @@ def resolve(rl: ConfigDict) -> dict:
     `clip_high`, where neither gives it, is `clip`.
 
     Raises:
-        ValueError: the algorithm is unknown.
+        ValueError: the algorithm is unknown, or is none.
     """
-    algorithm: Algorithm = ALGORITHMS[rl.algorithm]
+    algorithm = ALGORITHMS[rl.algorithm]
+    if not isinstance(algorithm, Algorithm):
+        raise ValueError(f"rl.algorithm={rl.algorithm!r} is {algorithm!r}, no kl_reg.losses.algorithm.Algorithm")
     out = {name: value if rl[name] is None else rl[name] for name, value in algorithm._asdict().items()}
     return out | {"clip_high": out["clip"] if out["clip_high"] is None else out["clip_high"]}

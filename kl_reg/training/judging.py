@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from kl_reg import rewards
@@ -34,14 +35,15 @@ def judge(program, judges: Judges, episodes: Episodes) -> Judgement:
         ValueError: a reward function raised, or gave something else than finite numbers.
     """
     turns = program.env.read(episodes.transcript)
-    scores = rewards.score(judges.reward, turns)
+    with jax.transfer_guard("allow"):       # a user's function may use the device as it likes
+        scores = rewards.score(judges.reward, turns)
+        gold = rewards.score(judges.gold, turns) if judges.gold else None
     stream, returns = replies.credit(turns, scores.total, episodes.slot, episodes.mask)
     row = {**summarise(episodes, turns, returns), **kl_by_group(episodes, program.groups)}
     if len(scores.parts) > 1:
         row |= {f"reward/{name}": _mean(values) for name, values in scores.parts.items()}
-    if judges.gold:
-        total = rewards.score(judges.gold, turns).total
-        row["gold/return"] = float(replies.credit(turns, total, episodes.slot, episodes.mask)[1].mean())
+    if gold:
+        row["gold/return"] = float(replies.credit(turns, gold.total, episodes.slot, episodes.mask)[1].mean())
     return Judgement(row, stream, returns)
 
 

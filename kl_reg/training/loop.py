@@ -63,6 +63,8 @@ def train(config: ConfigDict, reward_fn: Callable | Sequence[Callable] | None = 
                 config.reward = configs.default().reward
         config.reward.name, config.reward.weights = "vader", ()
     if loss_fn is not None:
+        if any("rl.loss" in member for member in configs.members(config)):
+            raise ValueError("loss_fn: the sweep has rl.loss, which it would replace in all members; give one of them")
         config.rl.loss = "reinforce"
     validation.validate(config)
     judges = Judges(rewards.build(config.reward) if reward_fn is None else rewards.of(reward_fn, weighted),
@@ -72,7 +74,6 @@ def train(config: ConfigDict, reward_fn: Callable | Sequence[Callable] | None = 
         config.reward.name, config.reward.weights = rewards.sources(judges.reward), weighted
     if loss_fn is not None:
         config.rl.loss = name_of(loss_fn)
-        inputs.append(digest_of(loss_fn))
     workdir = pathlib.Path(workdir)
     model, rounding = weights.load(config.model.path, config.model.dtype), None
     if config.model.quantize:
@@ -82,7 +83,8 @@ def train(config: ConfigDict, reward_fn: Callable | Sequence[Callable] | None = 
     base = folders.digest(model.folder)
     student = config.env.student_model
     inputs = (base, *inputs, *(digest for group in groups for digest in group.digests), groups[0].program.env.digest,
-              folders.digest(folders.find(student)) if student else "")
+              folders.digest(folders.find(student)) if student else "",
+              *(digest_of(part) for group in groups for part in group.program.own_parts()))
     resolved = {"config": json.loads(config.to_json()), "fingerprint": configs.fingerprint(config, *inputs),
                 "base": base, "references": {str(i): group.digests for group in groups for i in group.members},
                 "quantize": rounding and rounding.record()}

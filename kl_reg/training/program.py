@@ -1,6 +1,7 @@
 """A program: the compiled functions that all members with the same static settings share."""
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -13,6 +14,7 @@ from kl_reg import advantages, envs, losses, rollout
 from kl_reg.analysis.groups import TokenGroups, token_groups
 from kl_reg.config import Static
 from kl_reg.envs.environment import Environment
+from kl_reg.identity import name_of
 from kl_reg.kl import controllers, estimators
 from kl_reg.losses import reductions
 from kl_reg.models import folders, policy, reference, student, tokenizer, weights
@@ -49,6 +51,11 @@ class Program(NamedTuple):
     warmup: int
     final: float
 
+    def own_parts(self) -> list[Callable]:
+        """The functions of the update that are not the library's: an edited one is another experiment."""
+        parts = inspect.unwrap(self.loss), inspect.unwrap(self.advantage), inspect.unwrap(self.reduction)
+        return [part for part in parts if not name_of(part).startswith("kl_reg.")]
+
 
 def build(static: Static, model: weights.Model, start=None, loss: Callable | None = None) -> Program:
     """Looks every name up.
@@ -69,6 +76,9 @@ def build(static: Static, model: weights.Model, start=None, loss: Callable | Non
         raise ValueError(f"env.length={env.length} and an opening of {slots - env.length} tokens make {slots}; the "
                          f"model's context is {model.config.max_position}")
     other = config.env.student_model
+    if other and slots > weights.load_config(other).max_position:
+        raise ValueError(f"env.length={env.length} and an opening of {slots - env.length} tokens make {slots}; the "
+                         f"context of env.student_model={other!r} is {weights.load_config(other).max_position}")
     agent = policy.build(config.policy.kind, model.config, config.policy)
     return Program(
         policy=agent, reference=reference.build(config.reference, agent, drawn, start), env=env,

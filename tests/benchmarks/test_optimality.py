@@ -124,7 +124,7 @@ def test_a_policy_s_tables_are_what_its_sampler_says(folder, model, kind):
 
 def test_a_small_run_learns_and_is_stored(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(optimality, "RUNS", (Run("rloo", SMALL, -1.0),))
-    assert optimality.main(["--seed", "3", "--out", str(tmp_path / "new")]) == 0
+    assert optimality.main(["--parts", "tabular", "--seed", "3", "--out", str(tmp_path / "new")]) == 0
     printed = capsys.readouterr().out
     assert "All limits hold." in printed and "rloo" in printed
     result = json.loads((tmp_path / "new/optimality_tabular.json").read_text())
