@@ -1,10 +1,12 @@
 import json
 import math
 
+import jax.numpy as jnp
 import pytest
 
 from kl_reg import checkpoint, validation
 from kl_reg import config as configs
+from kl_reg.losses import ALGORITHMS
 from kl_reg.training import loop
 from kl_reg.types import Hyper
 
@@ -120,10 +122,45 @@ def test_what_members_share_cannot_be_swept(config, key, value):
     ({"policy.kind": "lora", "policy.alpha": 0.0}, "policy.alpha=0.0 must be positive"),
     ({"policy.rank": 4}, "policy.rank=4 has no effect with policy.kind='head'"),
     ({"policy.alpha": 8.0, "policy.kind": "full"}, "policy.alpha=8.0 has no effect"),
-    ({"policy.targets": "up"}, "policy.targets='up' has no effect")])
+    ({"policy.targets": "up"}, "policy.targets='up' has no effect"),
+    ({"rl.algorithm": "a2c"}, "rl.algorithm='a2c' is unknown; choose one of awr, cispo"),
+    ({"rl.algorithm": "math.sqrt"}, "no kl_reg.losses.algorithm.Algorithm"),
+    ({"rl.loss": "math.pi"}, "rl.loss='math.pi' is 3.14.* no function"),
+    ({"rl.reduction": "mean"}, "fixed_length, sequence_mean, token_mean"),
+    ({"rl.algorithm": "grpo", "rl.group": 1}, "rl.advantage='group' compares episodes"),
+    ({"rl.group": 5}, "rl.episodes=32 must be a multiple of rl.group=5"),
+    ({"rl.algorithm": "ppo_dual_clip", "rl.dual_clip": 1.1}, "rl.dual_clip=1.1 must be a number above 1.2"),
+    ({"rl.truncation": 0.0}, "rl.truncation=0.0 must be above 0"),
+    ({"rl.stop_kl": 0.0}, "rl.stop_kl=0.0 must be above 0"), ({"rl.temperature": 0.0}, "rl.temperature=0.0"),
+    ({"rl.normalise": "no"}, "rl.normalise='no'"), ({"env.writers": "A"}, "env.writers='A' has no effect"),
+    ({"env.name": "completion", "env.turns": 2}, "env.turns=2 has no effect with env.name='completion'"),
+    ({"env.student_model": "embedded"}, "env.student_model: 'embedded' has another tokenizer"),
+    ({"env.opening_tokens": 0}, "env.opening_tokens=0 must be a number of at least 1")])
 def test_unsound_combinations_are_refused(config, changes, says):
     with pytest.raises((ValueError, FileNotFoundError), match=says):
         validation.validate(configs.override(config, changes))
+
+
+@pytest.mark.parametrize("name", ALGORITHMS.names())
+def test_every_algorithm_is_valid_as_it_is(config, name):
+    config.rl.algorithm = name
+    validation.validate(config)
+
+
+def test_what_is_set_goes_before_what_the_algorithm_has(config):
+    """GRPO's clip below and above is one number, where only the lower one is set."""
+    config.rl.algorithm, config.rl.reduction, config.rl.clip = "grpo", "token_mean", 0.1
+    static, hyper, _ = configs.split(config)
+    rl = static.config().rl
+    assert (rl.loss, rl.advantage, rl.reduction, rl.group) == ("ppo_clip", "group", "token_mean", 8)
+    assert (hyper.clip, hyper.clip_high, hyper.value_coef) == tuple(map(jnp.float32, (0.1, 0.1, 0.0)))
+    assert jnp.isinf(hyper.value_clip) and jnp.isinf(hyper.stop_kl)
+
+
+def test_a_loss_that_the_sweep_names_is_not_replaced(config, tmp_path):
+    config.sweep = [{"rl.loss": ("cispo", "reinforce")}]
+    with pytest.raises(ValueError, match="loss_fn: the sweep has rl.loss"):
+        loop.train(config, None, tmp_path, loss_fn=reward_of_length)
 
 
 def test_only_a_head_reads_layers_and_only_lora_has_a_rank(config):
