@@ -125,11 +125,11 @@ def train(config: ConfigDict, model: weights.Model, tables: np.ndarray) -> tuple
         return jnp.zeros(episodes.mask.shape).at[:, :, -1].set(rewards)
 
     state, first = group.run.init(model.params, group.seeds, group.hyper), jnp.zeros(len(tables), jnp.int32)
-    size = jnp.int32(group.program.group)
+    size = group.program.group
     for _ in range(config.rl.iterations):
         keys = rollout.member_keys(state.seed, state.iteration)
-        episodes = group.run.sample(state.params, state.reference, group.hyper, group.frozen, keys, first, size)
-        state, _, _ = group.run.update(state, group.hyper, group.frozen, episodes, judge(episodes))
+        episodes = group.run.draw(state.params, state.reference, group.hyper, group.frozen, keys, first, size)
+        state, *_ = group.run.update(state, group.hyper, group.frozen, episodes, judge(episodes))
     return group, jax.block_until_ready(state.params)
 
 

@@ -38,6 +38,9 @@ def default() -> ConfigDict:
     config.model.path = "embedded"        # or a packaged model, a folder, or a model of the hub: docs/models.md
     config.model.dtype = "float32"        # of parameters and activations; KL and losses are float32
     config.model.quantize = ""            # "int8": the matrices of the frozen base model's layers
+    config.model.cache = ""               # dtype of the KV cache: "" as model.dtype, "bfloat16" or "int8"
+    config.model.copies = True            # sampling reads a copy of the weights, each layer's by itself: faster
+    config.model.remat = ""               # what gradients recompute of a trunk: "layers", "products" (less), "" nothing
 
     config.env = ConfigDict()
     config.env.name = "teacher_student"
@@ -122,6 +125,8 @@ def _rl():
     rl.episodes = 32                   # of each member, an iteration
     rl.epochs = 2
     rl.minibatches = 1
+    rl.accumulate = 1                  # parts of a minibatch, read one after the other, whose gradients add up
+    rl.entries = 2**28                 # of tokens x vocabulary, of all members, that an update forms at a time at most
     rl.stop_kl = nothing(float)        # nats per token from the sampling policy, that end an iteration; None: none do
     rl.discount = 1.0
     rl.gae_lambda = 0.95
