@@ -39,12 +39,14 @@ def train(settings: dict, coefficient: float, out: pathlib.Path) -> None:
         sampled.append(sum(map(len, completion_ids)))
         return [sentiment(analyzer, text.partition(settings["end"])[0]) for text in completions]
 
+    epochs = settings["epochs"]
     config = RLOOConfig(
         output_dir=str(out / "trainer"), seed=settings["seed"], beta=coefficient, learning_rate=settings["rate"],
-        lr_scheduler_type="linear", warmup_steps=2, max_grad_norm=1.0, per_device_train_batch_size=settings["episodes"],
-        num_generations=settings["group"], max_completion_length=settings["length"], max_steps=settings["iterations"],
-        temperature=1.0, top_p=1.0, top_k=0, num_iterations=settings["epochs"], use_cpu=True, bf16=False,
-        save_strategy="no", report_to=[], logging_steps=20, disable_tqdm=True, normalize_advantages=False)
+        lr_scheduler_type="linear", warmup_steps=2 * epochs, max_grad_norm=1.0,
+        per_device_train_batch_size=settings["episodes"], num_generations=settings["group"],
+        max_completion_length=settings["length"], max_steps=settings["iterations"] * epochs, num_iterations=epochs,
+        temperature=1.0, top_p=1.0, top_k=0, use_cpu=True, bf16=False, save_strategy="no", report_to=[],
+        logging_steps=20, disable_tqdm=True, normalize_advantages=False)
     data = Dataset.from_dict({"prompt": [settings["prompt"]] * settings["episodes"]})
     trainer = RLOOTrainer(model, reward, config, train_dataset=data, processing_class=tokenizer)
     trainer.train()
