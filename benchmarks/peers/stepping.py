@@ -1,0 +1,122 @@
+"""A trainer in a process of its own, told to step: a line "step" goes in, a line of JSON comes out.
+
+Its first line is {"versions": {...}}. Each later one says what a step took and did, as `Step` has it. Needs nothing but
+the standard library, because every peer's environment imports it.
+"""
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from importlib import metadata
+from typing import NamedTuple
+
+_ROOT = pathlib.Path(__file__).parents[2]     # `benchmarks` is not installed
+PHASES = ("rollout", "reward", "update")
+
+
+class Step(NamedTuple):
+    """Seconds of each of PHASES; tokens of all sequences, prompts included; largest change of the weights that are
+    looked at."""
+
+    seconds: dict[str, float]
+    tokens: int
+    moved: float
+
+
+class Clock:
+    """Seconds between marks."""
+
+    def __init__(self):
+        self.seconds, self._last = {}, time.perf_counter()
+
+    def mark(self, phase: str) -> None:
+        """`phase` ends now."""
+        now = time.perf_counter()
+        self.seconds[phase], self._last = now - self._last, now
+
+
+class Told:
+    """The trainer's end. Standard output is for answers: what libraries print goes to standard error."""
+
+    def __init__(self):
+        self._answers = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)
+        self.clock = None
+
+    def _say(self, answer: dict) -> None:
+        print(json.dumps(answer), file=self._answers, flush=True)
+
+    def ready(self, *packages: str) -> None:
+        """The first answer."""
+        self._say({"versions": {name: metadata.version(name) for name in packages}})
+
+    def wait(self) -> bool:
+        """Until a step is wanted, whose clock starts then; False: no more."""
+        line = sys.stdin.readline()
+        self.clock = Clock()
+        return bool(line)
+
+    def done(self, tokens: int, moved: float) -> None:
+        """The step's answer."""
+        self._say(Step(self.clock.seconds, int(tokens), float(moved))._asdict())
+
+
+class Trainer(NamedTuple):
+    """The teller's end."""
+
+    name: str
+    versions: dict[str, str]
+    process: subprocess.Popen
+    errors: object
+
+
+@contextmanager
+def running(name: str, command: Sequence[str], env: Mapping[str, str] | None = None) -> Iterator[Trainer]:
+    """Starts a trainer, waits until it is ready, and ends it behind the block.
+
+    Args:
+        env: variables in addition to this process's.
+
+    Raises:
+        RuntimeError: it ended, or gave another answer than JSON; with the end of its standard error.
+    """
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
+                                   cwd=_ROOT, env={**os.environ, **(env or {})})
+        trainer = Trainer(name, {}, process, errors)
+        try:
+            yield trainer._replace(versions=_answer(trainer)["versions"])
+        finally:
+            with suppress(BrokenPipeError):
+                process.stdin.close()       # it asks for no more
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(30)
+            process.kill()
+            process.wait()
+            process.stdout.close()
+
+
+def step(trainer: Trainer) -> Step:
+    """Has it do one step; raises as `running` does."""
+    with suppress(BrokenPipeError):     # it has ended, which its answer says
+        trainer.process.stdin.write("step\n")
+        trainer.process.stdin.flush()
+    return Step(**_answer(trainer))
+
+
+def _answer(trainer):
+    line = trainer.process.stdout.readline()
+    try:
+        return json.loads(line)
+    except ValueError:
+        what = f"answered {line!r}" if line else f"ended with status {trainer.process.wait()}"
+    trainer.errors.seek(0)
+    said = "\n".join(trainer.errors.read().strip().splitlines()[-15:])
+    raise RuntimeError(f"{trainer.name} {what}; the end of its standard error:\n{said}")
