@@ -84,7 +84,7 @@ def _batches(settings, told, cluster):
         yield {"prompts": np.array(rows)}
         before, norm = norm, _norm(cluster)
         told.clock.mark("update")
-        told.done(cluster.said.left_padded_prompt_tokens.size + sum(map(len, cluster.said.tokens)),
+        told.done((cluster.said.left_padded_prompt_tokens != _NO_TOKEN).sum() + sum(map(len, cluster.said.tokens)),
                   np.abs(norm - before).max())
 
 
@@ -102,7 +102,7 @@ def _model(settings, mesh):
 def main(settings: dict) -> None:
     """Steps until nobody asks for more."""
     told = Told()
-    mesh = jax.make_mesh((1, 1), ("fsdp", "tp"), axis_types=(AxisType.Auto,) * 2)
+    mesh = jax.make_mesh((1, 1), ("fsdp", "tp"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:1])
     length = settings["prompt"] + settings["generated"]
     rollout = RolloutConfig(max_tokens_to_generate=settings["generated"], max_prompt_length=settings["prompt"],
                             kv_cache_size=length, temperature=1.0, top_p=1.0, top_k=None, eos_tokens=[_NO_TOKEN])

@@ -15,10 +15,10 @@ from kl_reg.models.layers import Rope
 TOKENIZER = "smollm2"
 TINY = DecoderConfig(vocab=49152, width=192, layers=4, heads=3, kv_heads=1, head_width=64, mlp_width=512,
                      max_position=2048, rope=Rope(10000.0, 64))
-_TEXTS = ("The harbour lay quiet under the first snow of the year, and the two sisters who kept the lighthouse were "
-          "still arguing about which of them had left the door open during the storm of the night before",
-          "A good recipe for bread begins with patience: flour, water, salt and a little yeast are mixed in the "
-          "evening, and nobody touches the bowl again until the kitchen smells of it on the next morning")
+_TEXT = ("The harbour lay quiet under the first snow of the year, and the two sisters who kept the lighthouse were "
+         "still arguing about which of them had left the door open during the storm of the night before. A good recipe "
+         "for bread begins with patience: flour, water, salt and a little yeast are mixed in the evening, and nobody "
+         "touches the bowl again until the kitchen smells of it on the next morning.")
 
 
 class Work(NamedTuple):
@@ -50,30 +50,28 @@ def write_model(name: str, folder: pathlib.Path) -> DecoderConfig:
     return weights.load_config(str(folder))
 
 
-def prompts(tokenizer: Tokenizer, count: int) -> list[str]:
-    """Two prompts of `count` tokens.
+def prompts(tokenizer: Tokenizer, count: int, number: int = 2) -> list[str]:
+    """`number` prompts of `count` tokens, parts of one text that come back from the tokenizer as they are.
 
     Raises:
-        ValueError: the texts have none so long.
+        ValueError: the text has fewer of them.
     """
-    return [_part(tokenizer, own, count) for own in _TEXTS]
-
-
-def _part(tokenizer, own, count):
-    """The first `count` tokens of a text that come back from the tokenizer as they are."""
-    ids = text.opening(tokenizer, own)
+    ids, found = text.opening(tokenizer, _TEXT), []
     for begin in range(len(ids) - count + 1):
         said = text.decode(tokenizer, ids[begin:begin + count])
         if said.strip() and len(text.opening(tokenizer, said)) == count:
-            return said
-    raise ValueError(f"--prompt={count}: choose 1 to {len(ids)} tokens")
+            found.append(said)
+    if len(found) < number:
+        raise ValueError(f"--prompt={count}: the text of {len(ids)} tokens has {len(found)} such prompts, not "
+                         f"{number}; choose fewer tokens")
+    return [found[i * len(found) // number] for i in range(number)]
 
 
 def settings_of(work: Work, model: pathlib.Path, scratch: pathlib.Path, vocabulary: int, said: list[str]) -> dict:
     """What a trainer is told, for JSON. `scratch` is room for its files; the reward of a completion is the mean of its
-    token ids over `vocabulary`."""
+    token ids over `vocabulary`; it runs where JAX does here."""
     return {**work._asdict(), "model": str(model), "scratch": str(scratch), "prompts": said, "vocabulary": vocabulary,
-            "kl_coef": 0.04, "learning_rate": 1e-5}
+            "kl_coef": 0.04, "learning_rate": 1e-5, "backend": jax.default_backend()}
 
 
 def flops(shapes: DecoderConfig, work: Work, policy: str, read: int = 3, hidden: int = 128) -> dict[str, int]:

@@ -1,5 +1,6 @@
 """The benchmark's arithmetic by hand, kl_reg's steps at a small size, and how it tells made-up peers to step."""
 import json
+import pathlib
 import shutil
 import subprocess
 import sys
@@ -7,7 +8,7 @@ from functools import partial
 
 import pytest
 
-from benchmarks import rl_step
+from benchmarks import machine, rl_step
 from benchmarks.peers import environment, stepping, work
 from benchmarks.peers.stepping import Step
 from benchmarks.peers.work import Work
@@ -62,12 +63,14 @@ def test_ratios_and_the_table():
     assert compared["ratio"] == {"kl_reg": 1, "trl": 3} and compared["of_peak"] == {"kl_reg": 0.5, "trl": 0.25}
     said = rl_step.report({
         "model": "tiny", "policy": "head", "kl": "exact", "work": SMALL._asdict(), "goal": 5.0, "seconds": seconds,
-        "machine": {"processor": "Abacus", "cores": 2, "device": "cpu"}, "matmul_flops_per_second": 2e11,
+        "machine": {"processor": "Abacus", "cores": 2, "device": "cpu"}, "others": 0.25,
+        "matmul_flops_per_second": 2e11,
         "versions": {"kl_reg": {"kl_reg": "1", "jax": "2"}, "trl": {"trl": "3"}},
         "flops": {"kl_reg": {"rollout": 10**9, "reference": 0, "update": 5 * 10**8}, "trl": {}}, **compared})
     assert "| kl_reg 1, jax 2 | 4.00 | 1.00 | 1.00 | 2.00 | 50% |  |  |" in said
     assert "| trl 3 | 12.00 | 6.00 | 4.00 | 1.00 | 25% | 3.00 | 5 |" in said
     assert "needs 1.5 GFLOP (rollout 1.0, reference 0.0, update 0.5)" in said and "200 GFLOP/s" in said
+    assert "Abacus, 2 cores. Seconds, median of 3 steps." in said and "Other processes took 25%" in said
     assert len({line.count("|") for line in said.splitlines() if "|" in line}) == 1
 
 
@@ -95,7 +98,7 @@ def test_a_step_of_ours_does_all_the_work(settings, policy):
 
 def test_the_command_prints_and_stores_what_it_measured(tiny_folder, tiny_shapes, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(work, "write_model", lambda name, folder: shutil.copytree(tiny_folder, folder) and tiny_shapes)
-    monkeypatch.setattr(rl_step, "matmul_peak", partial(rl_step.matmul_peak, width=32, repeats=1))
+    monkeypatch.setattr(rl_step, "matmul_peak", partial(machine.matmul_peak, width=32, repeats=1))
     monkeypatch.setattr(rl_step, "ours", lambda settings, *how: lambda: Step(row(0.5, 0.25, 0.25), 36, 1e-5))
     sizes = [f"--{name}={size}" for name, size in SMALL._asdict().items()]
     rl_step.main(["--model=tiny", "--peers=", "--steps=2", *sizes, "--json", str(tmp_path / "numbers.json")])
@@ -108,9 +111,9 @@ def test_the_command_prints_and_stores_what_it_measured(tiny_folder, tiny_shapes
 
 
 def test_prompts_have_the_wanted_length(tiny_tokenizer):
-    first, second = work.prompts(tiny_tokenizer, 26)
-    assert first != second and [len(tokenizer.opening(tiny_tokenizer, said)) for said in (first, second)] == [26, 26]
-    with pytest.raises(ValueError, match="--prompt=10000: choose 1 to"):
+    said = work.prompts(tiny_tokenizer, 26, 16)
+    assert len(set(said)) == 16 and {len(tokenizer.opening(tiny_tokenizer, one)) for one in said} == {26}
+    with pytest.raises(ValueError, match=r"--prompt=10000: the text of \d+ tokens has 0 such prompts, not 2"):
         work.prompts(tiny_tokenizer, 10000)
 
 
@@ -143,14 +146,16 @@ def test_a_peer_that_ends_or_babbles_is_one_error_with_what_it_said():
 def test_an_environment_is_made_once_for_its_requirements(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     asked = []
-    monkeypatch.setattr(environment, "_run", lambda name, command: (asked.append(command), environment.place(
-        name).mkdir(parents=True, exist_ok=True)))
+    monkeypatch.setattr(environment, "_run", lambda name, command: (
+        asked.append(command), "venv" in command and pathlib.Path(command[-1]).mkdir(parents=True, exist_ok=True)))
     python = environment.python("trl")
     assert python == tmp_path / "kl_reg/benchmarks/trl/bin/python" and asked[1][0] == str(python)
     assert environment.python("trl") == python and len(asked) == 2
     (tmp_path / "kl_reg/benchmarks/trl/requirements.txt").write_text("trl==0.1\n")
     environment.python("trl")
     assert len(asked) == 4
+    assert environment.python("tunix", "gpu") == tmp_path / "kl_reg/benchmarks/tunix-gpu/bin/python"
+    assert "\njax[cuda12]==" in (tmp_path / "kl_reg/benchmarks/tunix-gpu/requirements.txt").read_text()
     with pytest.raises(ValueError, match="no peer 'verl'; choose of trl, tunix"):
         environment.python("verl")
 
