@@ -33,7 +33,8 @@ from kl_reg.models import tokenizer
 from kl_reg.types import PAD
 
 GOALS = {("smollm2", "full"): 1.5, ("tiny", "full"): 4.0, ("smollm2", "head"): 5.0, ("tiny", "head"): 5.0}
-PEERS = {"trl": "benchmarks.peers.trl_grpo", "tunix": "benchmarks.peers.tunix_grpo"}
+PEERS = {"trl": ("benchmarks.peers.trl_grpo", stepping.TORCH), "tunix": ("benchmarks.peers.tunix_grpo", {})}
+"""Module and environment variables of each."""
 
 _LOOKED_AT = {"full": lambda params: params["trunk"]["norm"], "head": lambda params: params["actor"]}
 
@@ -105,7 +106,8 @@ def measure(options: argparse.Namespace) -> dict:
         peak, trainers = matmul_peak(), {"kl_reg": ours(settings, options.policy, options.kl)}
         told = {"kl_reg": versions()}
         for peer, python in pythons.items():
-            trainer = stack.enter_context(stepping.running(peer, [str(python), "-m", PEERS[peer], str(file)]))
+            module, env = PEERS[peer]
+            trainer = stack.enter_context(stepping.running(peer, [str(python), "-m", module, str(file)], env))
             trainers[peer], told[peer] = partial(stepping.step, trainer), trainer.versions
         seconds = take_turns(trainers, each, options.warmup, options.steps)
         peak = max(peak, matmul_peak())

@@ -12,17 +12,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib import metadata
 from typing import NamedTuple
 
 _ROOT = pathlib.Path(__file__).parents[2]     # `benchmarks` is not installed
 PHASES = ("rollout", "reward", "update")
-_ENV = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "MALLOC_MMAP_MAX_": "0",
-        "MALLOC_TRIM_THRESHOLD_": str(2**36)}
-"""Of a trainer. PyTorch's tuning guide advises another allocator than glibc's, which gives large arrays back to the
-system whenever they are freed; told to keep them, a step of TRL's on the "tiny" model takes 9 seconds for 15."""
+TORCH = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "MALLOC_MMAP_MAX_": "0",
+         "MALLOC_TRIM_THRESHOLD_": str(2**36)}
+"""Environment of a peer on PyTorch, whose tuning guide advises another allocator than glibc's: that one gives large
+arrays back to the system whenever they are freed. Told to keep them, a step of TRL's with "tiny" takes 9 s for 15."""
 
 
 class Step(NamedTuple):
@@ -89,15 +89,18 @@ def share_device() -> None:
 
 
 @contextmanager
-def running(name: str, command: Sequence[str]) -> Iterator[Trainer]:
+def running(name: str, command: Sequence[str], env: Mapping[str, str] | None = None) -> Iterator[Trainer]:
     """Starts a trainer, waits until it is ready, and ends it behind the block.
+
+    Args:
+        env: variables in addition to this process's.
 
     Raises:
         RuntimeError: it ended, or gave another answer than JSON; with the end of its standard error.
     """
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
-                                   cwd=_ROOT, env=os.environ | _ENV)
+                                   cwd=_ROOT, env={**os.environ, **(env or {})})
         trainer = Trainer(name, {}, process, errors)
         try:
             yield trainer._replace(versions=_answer(trainer)["versions"])
