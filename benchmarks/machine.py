@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 
-def machine() -> dict:
+def about() -> dict:
     """Processor, cores, and the default device."""
     info = pathlib.Path("/proc/cpuinfo")
     names = [line.partition(":")[2].strip() for line in (info.read_text().splitlines() if info.is_file() else ())
@@ -29,10 +29,10 @@ def versions(*packages: str) -> dict[str, str]:
         "python": platform.python_version()}
 
 
-def where(about: dict) -> str:
-    """`machine` as part of a sentence."""
-    device = "" if about["device"] == "cpu" else f", {about['devices']} x {about['device']}"
-    return f"{about['processor']}, {about['cores']} cores{device}"
+def where(machine: dict) -> str:
+    """What `about` tells, as part of a sentence."""
+    device = "" if machine["device"] == "cpu" else f", {machine['devices']} x {machine['device']}"
+    return f"{machine['processor']}, {machine['cores']} cores{device}"
 
 
 class Watch:

@@ -24,7 +24,7 @@ from functools import partial
 import jax
 import numpy as np
 
-from benchmarks.machine import Watch, benchmark, disturbed, machine, matmul_peak, table, tell, versions, where
+from benchmarks import machine
 from benchmarks.peers import environment, stepping, work
 from benchmarks.peers.stepping import PHASES, Clock, Step
 from benchmarks.peers.work import Work
@@ -61,24 +61,6 @@ def ours(settings: dict, policy: str, estimator: str) -> Callable[[], Step]:
     return step
 
 
-def take_turns(trainers: dict[str, Callable[[], Step]], each: Work, warmup: int, steps: int) -> dict[str, list[dict]]:
-    """Seconds of every trainer's counted steps.
-
-    Raises:
-        RuntimeError: a step did not do the work, or a peer ended.
-    """
-    seconds = {name: [] for name in trainers}
-    for number in range(warmup + steps):
-        for name, step in trainers.items():
-            done, tokens = step(), each.sequences * (each.prompt + each.generated)
-            if done.tokens != tokens or not done.moved > 0:
-                raise RuntimeError(f"{name}: a step had {done.tokens} tokens of {tokens}, and changed its weights by "
-                                   f"{done.moved:g}; such a step is not the same work")
-            if number >= warmup:
-                seconds[name].append(done.seconds)
-    return seconds
-
-
 def compare(seconds: dict[str, list[dict]], flops: dict[str, int], peak: float) -> dict:
     """What the times say of each trainer: medians, its median step over kl_reg's, and the part of `peak` that it
     reaches with the `flops` of its work."""
@@ -94,7 +76,7 @@ def measure(options: argparse.Namespace) -> dict:
     given = {name: getattr(options, name) for name in Work._fields if getattr(options, name) is not None}
     each = work.WORK[options.model]._replace(**given)
     pythons = {name: environment.python(name, jax.default_backend()) for name in options.peers}
-    watch = Watch()
+    watch = machine.Watch()
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         folder, scratch = pathlib.Path(name) / "model", pathlib.Path(name) / "scratch"
         scratch.mkdir()
@@ -103,19 +85,20 @@ def measure(options: argparse.Namespace) -> dict:
         settings = work.settings_of(each, folder, scratch, shapes.vocab, said)
         file = scratch / "settings.json"
         file.write_text(json.dumps(settings | {"torch_compile": options.torch_compile}))
-        peak, trainers = matmul_peak(), {"kl_reg": ours(settings, options.policy, options.kl)}
-        told = {"kl_reg": versions()}
+        peak, trainers = machine.matmul_peak(), {"kl_reg": ours(settings, options.policy, options.kl)}
+        told = {"kl_reg": machine.versions()}
         for peer, python in pythons.items():
             module, env = PEERS[peer]
             trainer = stack.enter_context(stepping.running(peer, [str(python), "-m", module, str(file)], env))
             trainers[peer], told[peer] = partial(stepping.step, trainer), trainer.versions
-        seconds = take_turns(trainers, each, options.warmup, options.steps)
-        peak = max(peak, matmul_peak())
+        seconds = stepping.take_turns(trainers, each.tokens, options.warmup, options.steps)
+        peak = max(peak, machine.matmul_peak())
     flops = {name: work.flops(shapes, each, options.policy if name == "kl_reg" else "full") for name in trainers}
     return {"model": options.model, "policy": options.policy, "kl": options.kl, "work": each._asdict(),
-            "torch_compile": options.torch_compile, "machine": machine(), "others": watch.others(), "versions": told,
-            "flops": flops, "matmul_flops_per_second": peak, "goal": GOALS[options.model, options.policy],
-            "seconds": seconds, **compare(seconds, {name: sum(parts.values()) for name, parts in flops.items()}, peak)}
+            "torch_compile": options.torch_compile, "machine": machine.about(), "others": watch.others(),
+            "versions": told, "flops": flops, "matmul_flops_per_second": peak,
+            "goal": GOALS[options.model, options.policy], "seconds": seconds,
+            **compare(seconds, {name: sum(parts.values()) for name, parts in flops.items()}, peak)}
 
 
 def report(result: dict) -> str:
@@ -130,15 +113,15 @@ def report(result: dict) -> str:
     needed = ", ".join(f"{phase} {count / 1e9:.1f}" for phase, count in parts.items())
     return "\n".join([
         f"{result['model']}, policy {result['policy']}, kl {result['kl']}: {each.sequences} sequences of {each.prompt} "
-        f"+ {each.generated} tokens, groups of {each.group}, float32; {where(result['machine'])}. Seconds, median of "
-        f"{len(result['seconds']['kl_reg'])} steps.", "",
-        table(("trainer", "step", *PHASES, "of matmul peak", "ratio", "goal"), rows), "",
+        f"+ {each.generated} tokens, groups of {each.group}, float32; {machine.where(result['machine'])}. Seconds, "
+        f"median of {len(result['seconds']['kl_reg'])} steps.", "",
+        machine.table(("trainer", "step", *PHASES, "of matmul peak", "ratio", "goal"), rows), "",
         f"kl_reg's step needs {sum(parts.values()) / 1e9:.1f} GFLOP ({needed}); the best matrix product here reaches "
-        f"{result['matmul_flops_per_second'] / 1e9:.0f} GFLOP/s. {disturbed(result['others'])}"])
+        f"{result['matmul_flops_per_second'] / 1e9:.0f} GFLOP/s. {machine.disturbed(result['others'])}"])
 
 
 def main(argv=None) -> None:
-    parser = benchmark(__doc__)
+    parser = machine.benchmark(__doc__)
     parser.add_argument("--model", choices=tuple(work.WORK), default="smollm2")
     parser.add_argument("--peers", type=lambda names: [name for name in names.split(",") if name],
                         default=list(PEERS), help=f"of {','.join(PEERS)}; '': none")
@@ -152,7 +135,7 @@ def main(argv=None) -> None:
     options = parser.parse_args(argv)
     stepping.share_device()
     result = measure(options)
-    tell(result, report(result), options.json)
+    machine.tell(result, report(result), options.json)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib import metadata
 from typing import NamedTuple
@@ -26,12 +26,12 @@ arrays back to the system whenever they are freed. Told to keep them, a step of 
 
 
 class Step(NamedTuple):
-    """Seconds of each of PHASES; tokens of all sequences, prompts included; largest change of the weights that are
-    looked at."""
+    """Seconds of each phase; tokens of all sequences, prompts included; largest change of the weights that are looked
+    at, None where none is to change."""
 
     seconds: dict[str, float]
     tokens: int
-    moved: float
+    moved: float | None
 
 
 class Clock:
@@ -68,9 +68,9 @@ class Told:
         self.clock = Clock()
         return bool(line)
 
-    def done(self, tokens: int, moved: float) -> None:
+    def done(self, tokens: int, moved: float | None) -> None:
         """The step's answer."""
-        self._say(Step(self.clock.seconds, int(tokens), float(moved))._asdict())
+        self._say(Step(self.clock.seconds, int(tokens), None if moved is None else float(moved))._asdict())
 
 
 class Trainer(NamedTuple):
@@ -120,6 +120,25 @@ def step(trainer: Trainer) -> Step:
         trainer.process.stdin.write("step\n")
         trainer.process.stdin.flush()
     return Step(**_answer(trainer))
+
+
+def take_turns(trainers: Mapping[str, Callable[[], Step]], tokens: int, warmup: int, steps: int
+               ) -> dict[str, list[dict]]:
+    """Seconds of every trainer's counted steps, each to be of so many tokens.
+
+    Raises:
+        RuntimeError: a step did not do the work, or a peer ended.
+    """
+    seconds = {name: [] for name in trainers}
+    for number in range(warmup + steps):
+        for name, step in trainers.items():
+            done = step()
+            if done.tokens != tokens or done.moved is not None and not done.moved > 0:
+                raise RuntimeError(f"{name}: a step had {done.tokens} tokens of {tokens}, and changed its weights by "
+                                   f"{done.moved}; such a step is not the same work")
+            if number >= warmup:
+                seconds[name].append(done.seconds)
+    return seconds
 
 
 def _answer(trainer):

@@ -29,6 +29,11 @@ class Work(NamedTuple):
     generated: int
     group: int
 
+    @property
+    def tokens(self) -> int:
+        """Of all sequences."""
+        return self.sequences * (self.prompt + self.generated)
+
 
 WORK = {"smollm2": Work(16, 26, 32, 8), "tiny": Work(64, 26, 64, 8)}
 

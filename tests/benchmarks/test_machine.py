@@ -20,7 +20,7 @@ def test_where_names_devices_beside_a_processor():
     about = {"processor": "Abacus", "cores": 2, "device": "cpu", "devices": 8}
     assert machine.where(about) == "Abacus, 2 cores"
     assert machine.where(about | {"device": "Loom 9", "devices": 4}) == "Abacus, 2 cores, 4 x Loom 9"
-    assert machine.machine().keys() == {"processor", "cores", "device", "devices", "system"}
+    assert machine.about().keys() == {"processor", "cores", "device", "devices", "system"}
 
 
 def test_limits_are_what_was_moved_over_the_fastest_time(monkeypatch):

@@ -80,11 +80,11 @@ def test_trainers_take_turns_and_have_to_do_the_work():
     def trainer(name, tokens=36, moved=0.1):
         return lambda: asked.append(name) or Step(row(len(asked), 0, 0), tokens, moved)
 
-    seconds = rl_step.take_turns({"kl_reg": trainer("a"), "trl": trainer("b")}, SMALL, warmup=1, steps=2)
+    seconds = stepping.take_turns({"kl_reg": trainer("a"), "trl": trainer("b", moved=None)}, SMALL.tokens, 1, 2)
     assert asked == ["a", "b"] * 3 and [made["rollout"] for made in seconds["trl"]] == [4, 6]
     for wrong in ({"tokens": 35}, {"moved": 0.0}, {"moved": float("nan")}):
         with pytest.raises(RuntimeError, match="trl: a step had 3. tokens of 36"):
-            rl_step.take_turns({"kl_reg": trainer("a"), "trl": trainer("b", **wrong)}, SMALL, warmup=0, steps=1)
+            stepping.take_turns({"kl_reg": trainer("a"), "trl": trainer("b", **wrong)}, SMALL.tokens, 0, 1)
 
 
 @pytest.mark.parametrize("policy", ["full", "head"])
@@ -98,7 +98,7 @@ def test_a_step_of_ours_does_all_the_work(settings, policy):
 
 def test_the_command_prints_and_stores_what_it_measured(tiny_folder, tiny_shapes, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(work, "write_model", lambda name, folder: shutil.copytree(tiny_folder, folder) and tiny_shapes)
-    monkeypatch.setattr(rl_step, "matmul_peak", partial(machine.matmul_peak, width=32, repeats=1))
+    monkeypatch.setattr(machine, "matmul_peak", partial(machine.matmul_peak, width=32, repeats=1))
     monkeypatch.setattr(rl_step, "ours", lambda settings, *how: lambda: Step(row(0.5, 0.25, 0.25), 36, 1e-5))
     sizes = [f"--{name}={size}" for name, size in SMALL._asdict().items()]
     rl_step.main(["--model=tiny", "--peers=", "--steps=2", *sizes, "--json", str(tmp_path / "numbers.json")])
