@@ -38,8 +38,8 @@ def test_the_command_runs_sweeps_in_which_every_member_learns(policy, members, t
                                                               monkeypatch, capsys):
     monkeypatch.setattr(work, "write_model", lambda name, folder: shutil.copytree(tiny_folder, folder) and tiny_shapes)
     sizes = [f"--{name}={size}" for name, size in SMALL._asdict().items()]
-    sweep_cost.main(["--model=tiny", f"--members={members}", f"--policy={policy}", "--steps=2", "--warmup=1", *sizes, "--json",
-                     str(tmp_path / "numbers.json")])
+    sweep_cost.main(["--model=tiny", f"--members={members}", f"--policy={policy}", "--steps=2", "--warmup=1",
+                     *sizes, "--json", str(tmp_path / "numbers.json")])
     result = json.loads((tmp_path / "numbers.json").read_text())
     assert sweep_cost.report(result) + "\n" == capsys.readouterr().out
     assert result["seconds"].keys() == {"1", str(members)}
