@@ -11,12 +11,16 @@ _HERE = pathlib.Path(__file__).parent
 PEERS = tuple(sorted(file.stem for file in _HERE.glob("*.txt")))
 
 
-def place(peer: str) -> pathlib.Path:
-    """Where a peer's environment lies."""
-    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "kl_reg" / "benchmarks" / peer
+_JAX = {"cpu": "jax[cpu]", "gpu": "jax[cuda12]", "tpu": "jax[tpu]"}
 
 
-def python(peer: str) -> pathlib.Path:
+def place(peer: str, backend: str) -> pathlib.Path:
+    """Where a peer's environment for this backend of JAX lies."""
+    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return cache / "kl_reg" / "benchmarks" / (peer if backend == "cpu" else f"{peer}-{backend}")
+
+
+def python(peer: str, backend: str = "cpu") -> pathlib.Path:
     """The Python of a peer's environment, which has what `<peer>.txt` asks for; an unfinished environment, or one of
     other versions, is made anew.
 
@@ -26,15 +30,17 @@ def python(peer: str) -> pathlib.Path:
     """
     if peer not in PEERS:
         raise ValueError(f"there is no peer {peer!r}; choose of {', '.join(PEERS)}")
-    wanted, folder = _HERE / f"{peer}.txt", place(peer)
+    folder = place(peer, backend)
+    wanted = (_HERE / f"{peer}.txt").read_text().replace(_JAX["cpu"], _JAX[backend])
     made = folder / "requirements.txt"      # written last
     found = folder / ("Scripts" if os.name == "nt" else "bin") / "python"
-    if not made.is_file() or made.read_text() != wanted.read_text():
+    if not made.is_file() or made.read_text() != wanted:
         print(f"{peer}: making its environment in {folder}", file=sys.stderr)
         shutil.rmtree(folder, ignore_errors=True)
         _run(peer, [sys.executable, "-m", "venv", str(folder)])
-        _run(peer, [str(found), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r", str(wanted)])
-        shutil.copyfile(wanted, made)
+        packages = [line for line in wanted.splitlines() if not line.startswith("#")]
+        _run(peer, [str(found), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *packages])
+        made.write_text(wanted)
     return found
 
 
