@@ -1,4 +1,4 @@
-"""Four members of four settings on the embedded model, in about ten seconds each once they are compiled."""
+"""Four members on the embedded model, 20 seconds each once they are compiled."""
 import time
 
 from kl_reg.config import default
@@ -12,9 +12,10 @@ def slow_length(prompts, completions, completion_ids, **columns):
 
 def get_config():
     config = default()
-    config.env.opening, config.env.length = "<|start|>A: Hi, how are you?\nB: I am good, how about you?\n", 16
+    config.env.opening, config.env.length = "<|start|>A: Hi, how are you?\nB: I am good, how about you?\n", 32
     config.reward.name = "tests.integration.experiment.slow_length"
-    config.policy.hidden, config.rl.iterations, config.rl.episodes = 8, 5, 4
+    config.policy.hidden, config.optim.learning_rate = 8, 2e-3
+    config.rl.iterations, config.rl.episodes = 8, 4
     config.evaluation.episodes, config.checkpoint.every, config.checkpoint.keep = 8, 1, 10
     config.log.tensorboard = False
     config.sweep = [{"kl.coef": (0.0, 0.1), "seed": (0, 1)}]

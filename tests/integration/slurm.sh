@@ -15,6 +15,7 @@ work=$(cd "$1" && pwd)
 cluster=$(mktemp -d)
 daemons=()
 stop() {
+    scancel --me 2>/dev/null && sleep 5     # what a failed test left
     for daemon in "${daemons[@]}"; do kill "$daemon" 2>/dev/null || true; done
     wait
     rm -rf "$cluster"
@@ -30,7 +31,7 @@ cat > "$cluster/slurm.conf" <<CONF
 ClusterName=tiny
 SlurmctldHost=$host(127.0.0.1)
 AuthType=auth/munge
-AuthInfo=socket=$cluster/munge/socket
+AuthInfo=socket=$cluster/munge/socket,cred_expire=10
 CredType=cred/munge
 SlurmUser=root
 SlurmdUser=root
@@ -56,12 +57,12 @@ CONF
 export SLURM_CONF="$cluster/slurm.conf"
 
 munged --foreground --key-file="$cluster/munge/key" --socket="$cluster/munge/socket" --pid-file="$cluster/munge/pid" \
-    --log-file="$cluster/munge/log" --seed-file="$cluster/munge/seed" --force &
+    --log-file="$cluster/munge/log" --seed-file="$cluster/munge/seed" --force 2>/dev/null &
 daemons+=($!)
 for _ in $(seq 50); do [[ -S $cluster/munge/socket ]] && break; sleep 0.1; done
-slurmctld -D &
+slurmctld -D 2>/dev/null &
 daemons+=($!)
-slurmd -D -N "$host" &
+slurmd -D -N "$host" 2>/dev/null &
 daemons+=($!)
 for _ in $(seq 60); do
     [[ $(sinfo --noheader --format=%T 2>/dev/null) == idle ]] && break

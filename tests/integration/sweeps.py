@@ -23,7 +23,7 @@ import numpy as np
 from kl_reg import runs
 from kl_reg.sweeps import plan, progress
 
-KILLED = 2
+KILLED, WARNED, ITERATIONS = 2, 3, 8
 LIMIT = 600     # seconds
 
 BACKENDS = {"slurm": ["--backend=slurm", "--minutes=30", "--cpus=1", "--memory_gb=3", "--sbatch=comment=tiny"],
@@ -32,6 +32,8 @@ BACKENDS = {"slurm": ["--backend=slurm", "--minutes=30", "--cpus=1", "--memory_g
 
 def main(backend: str, work: pathlib.Path):
     work.mkdir(parents=True, exist_ok=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(work / "compiled")        # all members are one program
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     common = ["--config=tests/integration/experiment.py", "--members_per_job=1", "--jobs=2"]
     sweep(*common, "--backend=local", f"--workdir={work / 'local'}")
     call = [*common, *BACKENDS[backend], f"--workdir={work / backend}"]
@@ -45,11 +47,13 @@ def main(backend: str, work: pathlib.Path):
         running.kill()
     if backend == "slurm":
         submitted(printed, work / backend)
+    for member in (KILLED, WARNED) if backend == "slurm" else (KILLED,):
+        resumed(work / backend, member)
     check(work / backend, work / "local")
     again = sweep(*call)
     assert "4 programs are done already" in again and "running" not in again, again
-    print(f"{backend}: 4 members trained, member {KILLED} killed after iteration 2 and resumed; parameters, evaluations "
-          "and fingerprint are those of the undisturbed run")
+    print(f"{backend}: 4 members trained, member {KILLED} killed on the way and resumed; parameters, evaluations and "
+          "fingerprint are those of the undisturbed run")
 
 
 def sweep(*arguments) -> str:
@@ -60,43 +64,51 @@ def sweep(*arguments) -> str:
 
 
 def kill(backend, workdir, running):
-    """As soon as it has two checkpoints."""
+    """One without a word; on Slurm another as preemption announces it, with the signal that submitit waits for."""
+    await_checkpoint(workdir, KILLED, running)
+    if backend == "slurm":
+        subprocess.run(["scontrol", "requeue", job_of(workdir, KILLED)], check=True)
+        await_checkpoint(workdir, WARNED, running)
+        subprocess.run(["scancel", "--signal=USR2", job_of(workdir, WARNED)], check=True)
+    else:
+        os.kill(progress.recorded(plan.read(workdir), KILLED)["pid"], signal.SIGKILL)
+    print(f"killed member {KILLED}", flush=True)
+
+
+def await_checkpoint(workdir, member, running):
     end = time.monotonic() + LIMIT
-    while 2 not in runs.iterations(workdir / f"programs/{KILLED}"):
+    while 1 not in runs.iterations(workdir / f"programs/{member}"):
         assert running.poll() is None, "launch.sweep ended before there was anything to kill"
         assert time.monotonic() < end, f"no checkpoint after {LIMIT} seconds"
         time.sleep(0.1)
-    at = progress.recorded(plan.read(workdir), KILLED)
-    assert at["state"] == "running"
-    if backend == "slurm":
-        job = json.loads((workdir / "logs/slurm/jobs.json").read_text())[str(KILLED)]
-        subprocess.run(["scontrol", "requeue", job], check=True)        # as a preemption does
-        first = json.loads((workdir / "logs/slurm/jobs.json").read_text())["0"]
-        subprocess.run(["scancel", "--signal=USR2", first], check=False)  # announced, if it still runs
-    else:
-        os.kill(at["pid"], signal.SIGKILL)
-    print(f"killed member {KILLED}: process {at['pid']}", flush=True)
+
+
+def job_of(workdir, member):
+    return json.loads((workdir / "logs/slurm/jobs.json").read_text())[str(member)]
 
 
 def submitted(printed, workdir):
     """What the dry run said is what sbatch got."""
-    (script,) = (workdir / "logs/slurm").glob("*submission*.sh")
+    (script,) = (workdir / "logs/slurm").glob("*_submission.sh")
     wanted, given = (set(re.findall(r"^#SBATCH .*$", text, re.MULTILINE)) for text in (printed, script.read_text()))
     assert wanted and wanted <= given, wanted - given
 
 
+def resumed(workdir, member):
+    log = (workdir / f"logs/{member}.txt").read_text()
+    begun = re.findall(rf"already trained for (\d+) of {ITERATIONS} iterations", log)
+    assert len(begun) == 1 and 1 <= int(begun[0]) < ITERATIONS, f"member {member} did not go on on the way:\n{log}"
+
+
 def check(workdir, oracle):
-    log = (workdir / f"logs/{KILLED}.txt").read_text()
-    begun = re.findall(r"already trained for (\d+) of 5 iterations", log)
-    assert len(begun) == 1 and 2 <= int(begun[0]) < 5, f"member {KILLED} did not go on from a checkpoint:\n{log}"
     for ours, theirs in zip(runs.load(workdir), runs.load(oracle), strict=True):
-        assert ours.iteration == theirs.iteration == 5
+        assert ours.iteration == theirs.iteration == ITERATIONS
         jax.tree.map(np.testing.assert_array_equal, ours.params, theirs.params)
     for name in ("config.json", "summary.json"):
         assert json.loads((workdir / name).read_text()) == json.loads((oracle / name).read_text()), name
     for member in range(4):
         lines = (workdir / f"members/{member}/metrics.jsonl").read_text().splitlines()
-        assert [json.loads(line)["iteration"] for line in lines] == list(range(5)), f"member {member}"
+        assert [json.loads(line)["iteration"] for line in lines] == list(range(ITERATIONS)), f"member {member}"
     assert (workdir / "report.html").is_file()
 
 
