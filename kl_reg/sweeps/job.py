@@ -70,17 +70,15 @@ def _line(error):
 def _into(file: pathlib.Path) -> Iterator[None]:
     """Within, what this process and those that it starts write to stdout and stderr is appended to `file`."""
     kept = [os.dup(1), os.dup(2)]
-    with open(file, "ab") as target:
-        _redirect([target.fileno()] * 2)
+    sys.stdout.flush()
+    sys.stderr.flush()
     try:
-        yield
+        with open(file, "a", buffering=1) as target, contextlib.redirect_stdout(target), \
+                contextlib.redirect_stderr(target):
+            os.dup2(target.fileno(), 1)
+            os.dup2(target.fileno(), 2)
+            yield
     finally:
-        _redirect(kept)
-        for handle in kept:
+        for own, handle in enumerate(kept, 1):
+            os.dup2(handle, own)
             os.close(handle)
-
-
-def _redirect(handles):
-    for stream, handle, own in ((sys.stdout, handles[0], 1), (sys.stderr, handles[1], 2)):
-        stream.flush()
-        os.dup2(handle, own)

@@ -47,13 +47,14 @@ def main(backend: str, work: pathlib.Path):
         running.kill()
     if backend == "slurm":
         submitted(printed, work / backend)
-    for member in (KILLED, WARNED) if backend == "slurm" else (KILLED,):
+    stopped = (KILLED, WARNED) if backend == "slurm" else (KILLED,)
+    for member in stopped:
         resumed(work / backend, member)
     check(work / backend, work / "local")
     again = sweep(*call)
     assert "4 programs are done already" in again and "running" not in again, again
-    print(f"{backend}: 4 members trained, member {KILLED} killed on the way and resumed; parameters, evaluations and "
-          "fingerprint are those of the undisturbed run")
+    print(f"{backend}: 4 members trained, {' and '.join(map(str, stopped))} killed on the way and resumed; parameters, "
+          "evaluations and fingerprint are those of the undisturbed run")
 
 
 def sweep(*arguments) -> str:
