@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from absl import flags
 
+flags.disclaim_key_flags()     # --help of launch.sweep lists them as its own
+
 BACKENDS = ("local", "slurm", "ray", "tpu_vm")
 
 _OPTIONS = {     # name: (type, backends, what it says)

@@ -1,46 +1,12 @@
-import os
 import pathlib
 import subprocess
-import sys
 import time
 
 import pytest
 
 SCRIPTS = pathlib.Path(__file__).parents[2] / "tpu_scripts"
-FAKE = pathlib.Path(__file__).with_name("fake_gcloud.py")
 SLICE = ("mine", "us-x1-a")
 KIND = ("v5litepod-8", "v2-alpha-tpuv5-lite")
-
-
-class Gcloud:
-    """A fake gcloud on PATH: tests/launch/fake_gcloud.py says what its files are."""
-
-    def __init__(self, folder):
-        self.folder, self.home = folder, folder / "home"
-        (folder / "bin").mkdir()
-        self.stub("gcloud", f"#!{sys.executable} -IS\n{FAKE.read_text()}")
-        self.environment = os.environ | {"PATH": f"{folder}/bin:{os.environ['PATH']}", "FAKE": str(folder)}
-
-    def stub(self, name, text):
-        (self.folder / f"bin/{name}").write_text(text)
-        (self.folder / f"bin/{name}").chmod(0o755)
-
-    def ready(self):
-        self.home.mkdir()
-        (self.folder / "vm").write_text("READY")
-
-    def calls(self):
-        file = self.folder / "calls"
-        made = file.read_text().splitlines() if file.exists() else []
-        return [line.removeprefix("gcloud compute tpus ") for line in made]
-
-    def changes(self):
-        return [call for call in self.calls() if " describe " not in call]
-
-
-@pytest.fixture
-def gcloud(tmp_path):
-    return Gcloud(tmp_path)
 
 
 def call(gcloud, script, *arguments, answer=""):
