@@ -5,8 +5,8 @@
     python -m launch.sweep --config=configs/quickstart.py --workdir=runs/q --backend=slurm --minutes=120 --gpus=1
 
 Settings of the file are overridden on the command line: --config.rl.iterations=5. A second call with the same workdir
-goes on where it stopped and does only what is missing. With --jobs, --members_per_job or another --backend than local
-the sweep is divided into programs, each in a directory of its own, and gathered when they end: docs/launch.md.
+goes on where it stopped and does only what is missing. With another --backend than local, or with any of the options
+of one, it is divided into programs, each in a directory of its own, and gathered when they end: docs/launch.md.
 --dry_run prints what would be started. The sweep's grids are `config.sweep`; every setting is described in
 kl_reg/config.py.
 """
@@ -29,15 +29,24 @@ _GIVEN = options.define()
 
 def main(argv):
     given, workdir = _GIVEN(), pathlib.Path(WORKDIR.value)
-    divided = (workdir / "sweep.json").is_file() or given.jobs or given.members_per_job or BACKEND.value != "local"
-    if not divided and not DRY_RUN.value:
-        command.guarded(argv, lambda: options.check("local", given))
+    if (workdir / "sweep.json").is_file() or BACKEND.value != "local" or given != options.Options():
+        sys.exit(command.guarded(argv, lambda: _divided(CONFIG.value, workdir, given)))
+    if DRY_RUN.value:
+        command.guarded(argv, lambda: _describe_one(CONFIG.value))
+    else:
         command.run(argv, CONFIG.value, WORKDIR.value)
-        return
-    sys.exit(command.guarded(argv, lambda: _divided(CONFIG.value, workdir, given, divided)))
 
 
-def _divided(config, workdir, given, divided):
+def _describe_one(config):
+    from kl_reg.sweeps import plan
+
+    programs = plan.divide(config)
+    print(f"# in this process, {len(programs)} programs in turn:")
+    for number, own in enumerate(programs):
+        print(f"# program {number} ({plan.named(own)})")
+
+
+def _divided(config, workdir, given):
     """Plans, and starts what is missing; the exit status."""
     from kl_reg.sweeps import plan
 
@@ -48,7 +57,8 @@ def _divided(config, workdir, given, divided):
     backend.prepare(sweep, given)
     numbers = sweep.missing()
     if DRY_RUN.value:
-        _describe(sweep, numbers, backend, given, divided)
+        print(f"# {len(sweep.programs)} programs, {len(sweep.programs) - len(numbers)} of them done already")
+        print(*backend.describe(sweep, numbers, given), sep="\n")
         return 0
     plan.write(sweep)
     print(f"sweep    {len(sweep.programs)} programs, {sum(map(len, sweep.programs))} members; "
@@ -60,16 +70,6 @@ def _divided(config, workdir, given, divided):
             return 0
         _watch(sweep, numbers, started)
     return _close(sweep)
-
-
-def _describe(sweep, numbers, backend, given, divided):
-    print(f"# {len(sweep.programs)} programs, {len(sweep.programs) - len(numbers)} of them done already")
-    if divided:
-        print(*backend.describe(sweep, numbers, given), sep="\n")
-        return
-    print("# all in this process:")
-    for number in numbers:
-        print(f"# {sweep.name(number)}")
 
 
 def _watch(sweep, numbers, started):

@@ -50,29 +50,35 @@ def named(members: list[int]) -> str:
     return f"member{'s' * (len(members) > 1)} {listed}"
 
 
-def plan(config: ConfigDict, workdir: pathlib.Path, members_per_job: int | None = None) -> Sweep:
-    """Divides a sweep; writes nothing.
+def divide(config: ConfigDict, members_per_job: int | None = None) -> list[list[int]]:
+    """Members with the same static settings make one program, or several of at most `members_per_job`.
 
-    Members with the same static settings make one program, or several of at most `members_per_job`. A directory that
-    holds the same sweep keeps its division.
+    Raises:
+        ValueError: a setting is wrong.
+        FileNotFoundError: the model folder is missing.
+    """
+    validation.validate(config)
+    if members_per_job is not None and members_per_job < 1:
+        raise ValueError(f"members_per_job={members_per_job} must be at least 1")
+    numbers = [[number for number, _ in group] for group in runs.groups(config)]
+    return [own[i:i + (members_per_job or len(own))] for own in numbers
+            for i in range(0, len(own), members_per_job or len(own))]
+
+
+def plan(config: ConfigDict, workdir: pathlib.Path, members_per_job: int | None = None) -> Sweep:
+    """A sweep in a directory; writes nothing. One that holds the same sweep keeps its division.
 
     Raises:
         ValueError: a setting is wrong, or the directory's division is another one.
         FileNotFoundError: the model folder is missing.
         FileExistsError: the directory holds something else.
     """
-    config = config.copy_and_resolve_references()
-    validation.validate(config)
-    if members_per_job is not None and members_per_job < 1:
-        raise ValueError(f"members_per_job={members_per_job} must be at least 1")
-    numbers = [[number for number, _ in group] for group in runs.groups(config)]
-    programs = [own[i:i + (members_per_job or len(own))] for own in numbers
-                for i in range(0, len(own), members_per_job or len(own))]
-    workdir = pathlib.Path(workdir)
+    config, workdir = config.copy_and_resolve_references(), pathlib.Path(workdir)
+    programs = divide(config, members_per_job)
     if not (workdir / "sweep.json").is_file():
         if (workdir / "config.json").is_file():
             raise FileExistsError(f"{workdir} holds a run of one process; continue it with the default --backend=local "
-                                  "and without --jobs and --members_per_job, or choose another --workdir")
+                                  "and none of its options, or choose another --workdir")
         if workdir.exists() and any(workdir.iterdir()):
             raise FileExistsError(f"{workdir} is not empty and holds no sweep.json; choose another --workdir")
         return Sweep(workdir, config, programs)

@@ -4,11 +4,15 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 if [[ $# -ne 1 ]]; then echo "usage: slurm.sh WORK" >&2; exit 2; fi
+skip() {
+    echo "SKIPPED: a sweep on a real Slurm: $*"
+    exit 0
+}
 for tool in slurmctld slurmd munged sbatch; do
-    if ! command -v "$tool" >/dev/null; then echo "SKIPPED: Slurm: there is no $tool (apt-get install slurm-wlm munge)"; exit 0; fi
+    command -v "$tool" >/dev/null || skip "there is no $tool (apt-get install slurm-wlm munge)"
 done
-if ! python -c "import submitit" 2>/dev/null; then echo "SKIPPED: Slurm: there is no submitit (pip install -e '.[slurm]')"; exit 0; fi
-if [[ $(id -u) -ne 0 ]]; then echo "SKIPPED: Slurm: munged and slurmd are started as root only"; exit 0; fi
+python -c "import submitit" 2>/dev/null || skip "there is no submitit (pip install -e '.[slurm]')"
+[[ $(id -u) -eq 0 ]] || skip "its daemons are started as root only"
 
 mkdir -p "$1"
 work=$(cd "$1" && pwd)
