@@ -29,7 +29,8 @@ _GIVEN = options.define()
 
 def main(argv):
     given, workdir = _GIVEN(), pathlib.Path(WORKDIR.value)
-    if (workdir / "sweep.json").is_file() or BACKEND.value != "local" or given != options.Options():
+    if (workdir / "sweep.json").is_file() or BACKEND.value != "local" or given != options.Options() \
+            or not WAIT.value:
         sys.exit(command.guarded(argv, lambda: _divided(CONFIG.value, workdir, given)))
     if DRY_RUN.value:
         command.guarded(argv, lambda: _describe_one(CONFIG.value))
@@ -41,7 +42,7 @@ def _describe_one(config):
     from kl_reg.sweeps import plan
 
     programs = plan.divide(config)
-    print(f"# in this process, {len(programs)} programs in turn:")
+    print("# in this process, in turn:")
     for number, own in enumerate(programs):
         print(f"# program {number} ({plan.named(own)})")
 
@@ -57,12 +58,12 @@ def _divided(config, workdir, given):
     backend.prepare(sweep, given)
     numbers = sweep.missing()
     if DRY_RUN.value:
-        print(f"# {len(sweep.programs)} programs, {len(sweep.programs) - len(numbers)} of them done already")
+        print(f"# programs: {len(sweep.programs)}, done already: {len(sweep.programs) - len(numbers)}")
         print(*backend.describe(sweep, numbers, given), sep="\n")
         return 0
     plan.write(sweep)
-    print(f"sweep    {len(sweep.programs)} programs, {sum(map(len, sweep.programs))} members; "
-          f"{len(sweep.programs) - len(numbers)} programs are done already")
+    print(f"sweep    members: {sum(map(len, sweep.programs))}, programs: {len(sweep.programs)}, done already: "
+          f"{len(sweep.programs) - len(numbers)}")
     if numbers:
         started = backend.submit(sweep, numbers, given)
         if not WAIT.value:

@@ -28,9 +28,7 @@ def run(workdir: pathlib.Path, number: int) -> None:
     sweep = plan.read(workdir)
     if not 0 <= number < len(sweep.programs):
         raise ValueError(f"{workdir} has programs 0 to {len(sweep.programs) - 1}; there is no {number}")
-    with plan.locked(sweep.workdir / f"logs/{number}.lock",
-                     otherwise=f"{sweep.name(number)} of {workdir} is being trained by another process"), \
-            _into(sweep.log(number)):
+    with plan.locked(sweep.workdir / f"logs/{number}.lock", otherwise=busy(sweep, number)), _into(sweep.log(number)):
         try:
             _train(sweep, number)
             if not sweep.missing():
@@ -38,6 +36,11 @@ def run(workdir: pathlib.Path, number: int) -> None:
         except Exception as error:
             traceback.print_exc()
             raise ProgramFailed(f"{sweep.name(number)}: {_line(error)} ({sweep.log(number)})") from None
+
+
+def busy(sweep: plan.Sweep, number: int) -> str:
+    """Why a program cannot start now."""
+    return f"{sweep.name(number)} of {sweep.workdir} is being trained by another process"
 
 
 def record(sweep: plan.Sweep, number: int, state: str, **facts) -> None:

@@ -32,9 +32,12 @@ def describe(sweep: plan.Sweep, numbers: list[int], options: Options) -> list[st
 
 
 def submit(sweep: plan.Sweep, numbers: list[int], options: Options) -> Started:
-    """Starts them, `jobs` at a time."""
+    """Starts them, `jobs` at a time; raises BlockingIOError if another process is at one of them."""
     size, processes, stopping = _at_once(sweep, options), {}, []
     free = [_gpus()[i * options.gpus:(i + 1) * options.gpus] for i in range(size)] if options.gpus else [None] * size
+    for number in numbers:
+        with plan.locked(sweep.workdir / f"logs/{number}.lock", otherwise=job.busy(sweep, number)):
+            job.record(sweep, number, "queued")
     pool = ThreadPoolExecutor(size)
 
     def one(number):

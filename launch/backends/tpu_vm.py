@@ -15,6 +15,9 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+from kl_reg import config as configs
+from kl_reg import runs
+from kl_reg.models import folders
 from kl_reg.sweeps import job, plan
 from launch.backends.options import Options, Started, check
 
@@ -36,6 +39,10 @@ def prepare(sweep: plan.Sweep, options: Options) -> None:
     check("tpu_vm", options, ("zone", "accelerator", "runtime"))
     if options.capacity is not None and options.capacity not in CAPACITIES:
         raise ValueError(f"--capacity={options.capacity} is unknown; choose one of {', '.join(CAPACITIES)}")
+    for file in _needs(sweep)[1]:
+        if pathlib.PurePath(file).is_absolute() or ".." in pathlib.PurePath(file).parts:
+            raise ValueError(f"--backend=tpu_vm: {file} is to be sent to the slices, so give its path from the "
+                             "checkout")
 
 
 def describe(sweep: plan.Sweep, numbers: list[int], options: Options) -> list[str]:
@@ -44,7 +51,7 @@ def describe(sweep: plan.Sweep, numbers: list[int], options: Options) -> list[st
     for number in numbers:
         scripts = _Slice(sweep, number, options)
         out += ["", f"# {sweep.name(number)}"]
-        for call in (scripts.create(), scripts.setup(), scripts.send(), scripts.run(), scripts.status(),
+        for call in (scripts.create(), scripts.setup(), *scripts.send(), scripts.run(), scripts.status(),
                      scripts.fetch(), *([] if options.keep else [scripts.delete()])):
             dry = subprocess.run(["bash", SCRIPTS / call[0], "--dry-run", *call[1:]], capture_output=True, text=True)
             if dry.returncode:
@@ -106,10 +113,15 @@ class _Slice:
     def send(self):
         own = [f"programs/{self.number}"] if self.sweep.folder(self.number).exists() else []
         own += [f"logs/{self.number}.txt"] if self.sweep.log(self.number).exists() else []
-        return self._call("send.sh", after=(self.sweep.workdir, self.target, "sweep.json", *own))
+        files = _needs(self.sweep)[1]
+        return [self._call("send.sh", after=(self.sweep.workdir, self.target, "sweep.json", *own)),
+                *([self._call("send.sh", after=(".", ".", *files))] if files else [])]
 
     def run(self):
-        return self._call("run.sh", after=("--", "python", "-m", "launch.program", self.target, self.number))
+        packaged = [f"python -m launch.fetch {name}" for name in _needs(self.sweep)[0]]
+        program = f"python -m launch.program {self.target} {self.number}"
+        command = ["bash", "-c", " && ".join([*packaged, program])] if packaged else shlex.split(program)
+        return self._call("run.sh", after=("--", *command))
 
     def status(self):
         return self._call("status.sh")
@@ -136,6 +148,22 @@ class _Slice:
                 time.sleep(_PAUSE * (i + 1 < tries))
         raise ScriptFailed(f"{call[0]} ends with {done.returncode}: {' '.join(done.stdout.split())[-200:]} "
                            f"({log.name})")
+
+
+def _needs(sweep):
+    """Packaged models that a slice has to fetch, and files and folders that it has to be sent."""
+    packaged, files = {}, {}
+    for member in configs.members(sweep.config):
+        own = configs.override(sweep.config, member)
+        for path in (own.model.path, own.env.student_model, own.env.openings, own.reward.path, *own.reference.paths):
+            address = runs.parse(path) if path else None
+            if path in folders.PACKAGED:
+                packaged[path] = None
+            elif address:
+                files[str(address.workdir)] = None
+            elif path and pathlib.Path(path).exists():
+                files[path] = None
+    return list(packaged), list(files)
 
 
 def _follow(own, options, stopped):
@@ -184,7 +212,8 @@ def _start(own):
     """What is on the slice is newer than what was fetched of it: that is sent to a new one only."""
     own.do(own.setup())
     if "sent" not in own.mine:
-        own.do(own.send())
+        for call in own.send():
+            own.do(call)
         own.note(sent=True)
     own.do(own.run())
 

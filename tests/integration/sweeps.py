@@ -52,7 +52,7 @@ def main(backend: str, work: pathlib.Path):
         resumed(work / backend, member)
     check(work / backend, work / "local")
     again = sweep(*call)
-    assert "4 programs are done already" in again and "running" not in again, again
+    assert "programs: 4, done already: 4" in again and "running" not in again, again
     print(f"{backend}: 4 members trained, {' and '.join(map(str, stopped))} killed on the way and resumed; parameters, "
           "evaluations and fingerprint are those of the undisturbed run")
 

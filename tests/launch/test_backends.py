@@ -70,6 +70,13 @@ def test_a_killed_program_starts_again_and_one_that_fails_does_not(sweep, monkey
     assert progress.state(sweep, 0) == "lost"
 
 
+def test_what_another_process_trains_is_left_to_it(sweep, monkeypatch):
+    stub(monkeypatch, "")
+    with plan.locked(sweep.workdir / "logs/1.lock", otherwise="busy"), \
+            pytest.raises(BlockingIOError, match=r"program 1 \(members 1, 2\) of .* by another process"):
+        local.submit(sweep, [0, 1, 2], Options())
+
+
 def test_no_more_run_at_once_than_asked_for_each_on_gpus_of_its_own(sweep, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
     stub(monkeypatch, """if True:
@@ -239,6 +246,21 @@ def test_its_dry_run_prints_every_call(sweep, pod):
                        "v5litepod-8 --runtime-version=v2-alpha-tpuv5-lite --spot --zone=us-x1-a"
                        for name in ("kl-reg-my-run-1-0", "kl-reg-my-run-1-1")]
     assert pod.calls() == [] and not list(sweep.workdir.glob("logs/*"))
+
+
+def test_a_slice_gets_the_models_that_the_experiment_names(sweep, pod, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models/mine").mkdir(parents=True)
+    config = sweep.config.copy_and_resolve_references()
+    config.model.path, config.reference.paths = "smollm2", ("models/mine", "org/of-the-hub")
+    needy = sweep._replace(config=config)
+    said = tpu_vm.describe(needy, [0], TPU)
+    assert "bash tpu_scripts/send.sh kl-reg-my-run-1-0 us-x1-a . . models/mine" in said
+    assert ("bash tpu_scripts/run.sh kl-reg-my-run-1-0 us-x1-a -- bash -c 'python -m launch.fetch smollm2 && "
+            "python -m launch.program runs/kl-reg-my-run-1-0 0'") in said
+    config.reward.path = str(tmp_path / "models/mine")
+    with pytest.raises(ValueError, match="models/mine is to be sent to the slices, so give its path from the checkout"):
+        tpu_vm.prepare(needy, TPU)
 
 
 def test_a_slice_of_somebody_else_is_left_alone(sweep, pod):

@@ -45,7 +45,7 @@ def test_a_program_that_fails_is_reported_with_its_logs_end_and_stops_no_other(c
     assert [row["member"] for row in json.loads((tmp_path / "run/summary.json").read_text())] == ["base", 0]
     assert (tmp_path / "run/report.html").is_file()
     planned = launch("sweep", config, f"--workdir={tmp_path}/run", "--dry_run")
-    assert "# 2 programs, 1 of them done already" in planned.stdout
+    assert "# programs: 2, done already: 1" in planned.stdout
     assert [line.split("# ")[1] for line in planned.stdout.splitlines() if "launch.program" in line] == [
         "program 1 (member 1)"]
     shown = launch("status", tmp_path / "run", "--once")
