@@ -252,17 +252,28 @@ def override(config: ConfigDict, member: dict) -> ConfigDict:
 
 def split(config: ConfigDict) -> tuple[Static, Hyper, int]:
     """One member's (Static, Hyper, seed)."""
-    config = override(config, {f"rl.{key}": value for key, value in losses.resolve(config.rl).items()})
-    settings = {key: value for key, value in flat(config).items() if key not in HYPER and key != "seed"}
+    config = _with_algorithm(config)
     values = {name: config[key.split(".")[0]][key.split(".")[1]] for key, name in HYPER.items()}
-    constrained = any(config.kl[key.split(".")[1]] is not None for key in BUDGETS)
     values = {name: math.inf if value is None else value for name, value in values.items()}
+    hyper = Hyper(**{name: jnp.float32(value) for name, value in values.items()})
+    return static_of(config), hyper, config.seed
+
+
+def static_of(config: ConfigDict) -> Static:
+    """One member's `Static`; makes no array, so that no accelerator is taken."""
+    config = _with_algorithm(config)
+    settings = {key: value for key, value in flat(config).items() if key not in HYPER and key != "seed"}
+    constrained = any(config.kl[key.split(".")[1]] is not None for key in BUDGETS)
     nested = {}
     for key, value in settings.items():
         section, _, name = key.rpartition(".")
         (nested.setdefault(section, {}) if section else nested)[name] = value
-    hyper = Hyper(**{name: jnp.float32(value) for name, value in values.items()})
-    return Static(json.dumps(nested, sort_keys=True), constrained), hyper, config.seed
+    return Static(json.dumps(nested, sort_keys=True), constrained)
+
+
+def _with_algorithm(config):
+    """With what the algorithm decides where a setting is None."""
+    return override(config, {f"rl.{key}": value for key, value in losses.resolve(config.rl).items()})
 
 
 def fingerprint(config: ConfigDict, *inputs: str) -> str:

@@ -69,7 +69,7 @@ def train(config: ConfigDict, reward_fn: Callable | Sequence[Callable] | None = 
     validation.validate(config)
     judges = Judges(rewards.build(config.reward) if reward_fn is None else rewards.of(reward_fn, weighted),
                     rewards.gold(config.reward))
-    inputs = [rewards.digest(reward) for reward in judges if reward]
+    judged = [rewards.digest(reward) for reward in judges if reward]
     if reward_fn is not None:
         config.reward.name, config.reward.weights = rewards.sources(judges.reward), weighted
     if loss_fn is not None:
@@ -80,14 +80,12 @@ def train(config: ConfigDict, reward_fn: Callable | Sequence[Callable] | None = 
         model, rounding = quantize.convert(model)
         print(f"model.quantize={config.model.quantize}: {rounding}")
     groups = sweep.plan(config, model, loss_fn)
-    base = folders.digest(model.folder)
     student = config.env.student_model
-    inputs = (base, *inputs, *(digest for group in groups for digest in group.digests), groups[0].program.env.digest,
-              folders.digest(folders.find(student)) if student else "",
-              *(digest_of(part) for group in groups for part in group.program.own_parts()))
-    resolved = {"config": json.loads(config.to_json()), "fingerprint": configs.fingerprint(config, *inputs),
-                "base": base, "references": {str(i): group.digests for group in groups for i in group.members},
-                "quantize": rounding and rounding.record()}
+    inputs = checkpoint.Inputs(
+        folders.digest(model.folder), judged, [list(group.digests) for group in groups], groups[0].program.env.digest,
+        folders.digest(folders.find(student)) if student else "",
+        [[digest_of(part) for part in group.program.own_parts()] for group in groups])
+    resolved = checkpoint.describe(config, inputs, [group.members for group in groups], rounding and rounding.record())
     checkpoint.claim(workdir, resolved)
     states = [group.run.init(model.params, group.seeds, group.hyper) for group in groups]
     saved = checkpoint.Checkpoints(workdir / "checkpoints", resolved, config.checkpoint.keep)
