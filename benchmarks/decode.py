@@ -123,7 +123,7 @@ def report(result: dict) -> str:
     each, rows = Work(**result["work"]), []
     median = {name: float(np.median(times)) for name, times in result["seconds"].items()}
     for name, seconds in median.items():
-        title = ", ".join(f"{package} {version}" for package, version in result["versions"][name].items())
+        title = machine.listed(result["versions"][name])
         ratio = f"{median['generate'] / seconds:.2f}" if name != "generate" and "generate" in median else ""
         rows.append([f"{title}, {'prompts ' * (name != 'generate')}{name}",
                      f"{each.sequences * each.generated / seconds:.0f}", f"{seconds:.2f}",

@@ -69,9 +69,8 @@ def report(result: dict) -> str:
     columns = (*MARKS, "end")
     rows = [[kind, *(f"{np.median([row[name] for row in times]):.1f}" for name in columns)]
             for kind, times in result["seconds"].items()]
-    told = ", ".join(f"{package} {version}" for package, version in result["versions"].items())
     return "\n".join([
-        f"`python -m launch.train {' '.join(result['settings'])}`; {told}; {machine.where(result['machine'])}. Seconds "
+        f"`python -m launch.train {' '.join(result['settings'])}`; {machine.ran(result)}. Seconds "
         f"from the start of the process, median of {len(result['seconds']['cold'])}.", "",
         machine.table(("compilation cache", *columns), rows), "", machine.disturbed(result["others"])])
 
