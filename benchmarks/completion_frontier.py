@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import pathlib
 import subprocess
-import sys
 import tempfile
 
 import numpy as np
@@ -17,6 +16,7 @@ from rich.console import Group
 from rich.table import Table
 
 import kl_reg
+from benchmarks.peers import environment
 from configs import sentiment_completion
 from kl_reg.analysis import efficiency as efficiencies
 from kl_reg.analysis.optimal import efficiency
@@ -24,6 +24,7 @@ from kl_reg.models import folders
 
 NATS = (2.0, 4.0, 6.0)
 EPISODES = 2048         # of each policy, to measure it
+ROOT = pathlib.Path(__file__).parents[1]      # `benchmarks` is not installed
 PEER = {"group": 16, "epochs": 1, "rate": 3e-4, "coefficients": [0.01, 0.03, 0.09]}
 
 
@@ -56,7 +57,8 @@ def _peer(config, folder, seed):
                 "length": config.env.length, "episodes": config.rl.episodes, "iterations": config.rl.iterations,
                 "seed": seed, "out": str(folder / "peer"), **PEER}
     (folder / "peer.json").write_text(json.dumps(settings))
-    subprocess.run([sys.executable, "-m", "benchmarks.trl_rloo", str(folder / "peer.json")], check=True)
+    command = environment.python("trl"), "-m", "benchmarks.peers.trl_rloo", str(folder / "peer.json")
+    subprocess.run(command, check=True, cwd=ROOT)
     return [folder / "peer" / str(coefficient) for coefficient in PEER["coefficients"]]
 
 

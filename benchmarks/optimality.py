@@ -6,8 +6,8 @@ A random language model of 8 tokens writes episodes of 4. Every algorithm finetu
 KL; what the policy says is then read at all histories and evaluated without sampling, beside the base, J(beta), and
 pi* ∝ beta e^{reward / lam}, J(pi*). "gap closed" is (J(pi) - J(beta)) / (J(pi*) - J(beta)), "efficiency" the KL of the
 best policy with the same reward over the learned policy's. About 5 minutes on two cores (--parts tabular). The other
-part, `completion_frontier.py`, holds policies on a real model, and those of another trainer, against the optimum; it
-needs `pip install 'kl_reg[benchmarks]'`. Exits with 1 where a limit is missed.
+part, `completion_frontier.py`, holds policies on a real model, and those of another trainer, against the optimum;
+that trainer runs in an environment of its own, made at first use. Exits with 1 where a limit is missed.
 """
 from __future__ import annotations
 
@@ -125,11 +125,11 @@ def train(config: ConfigDict, model: weights.Model, tables: np.ndarray) -> tuple
         return jnp.zeros(episodes.mask.shape).at[:, :, -1].set(rewards)
 
     state, first = group.run.init(model.params, group.seeds, group.hyper), jnp.zeros(len(tables), jnp.int32)
-    size = jnp.int32(group.program.group)
+    size = group.program.group
     for _ in range(config.rl.iterations):
         keys = rollout.member_keys(state.seed, state.iteration)
-        episodes = group.run.sample(state.params, state.reference, group.hyper, group.frozen, keys, first, size)
-        state, _, _ = group.run.update(state, group.hyper, group.frozen, episodes, judge(episodes))
+        episodes = group.run.draw(state.params, state.reference, group.hyper, group.frozen, keys, first, size)
+        state, *_ = group.run.update(state, group.hyper, group.frozen, episodes, judge(episodes))
     return group, jax.block_until_ready(state.params)
 
 

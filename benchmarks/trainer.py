@@ -52,11 +52,11 @@ class Trainer:
         self._judges = Judges(rewards.of(mean_id), None)
 
     def rollout(self) -> Episodes:
-        """Episodes of all members [m, b, ...], finished on the device."""
+        """Episodes of all members [m, b, ...], drawn on the device."""
         state, group = self.state, self.group
         keys, first = rollout.member_keys(state.seed, state.iteration), jnp.zeros(len(group.members), jnp.int32)
-        return jax.block_until_ready(group.run.sample(state.params, state.reference, group.hyper, group.frozen, keys,
-                                                      first, jnp.int32(group.program.group)))
+        return jax.block_until_ready(group.run.draw(state.params, state.reference, group.hyper, group.frozen, keys,
+                                                    first, group.program.group))
 
     def reward(self, episodes: Episodes) -> jax.Array:
         """Of the agent streams [m, b, k]."""

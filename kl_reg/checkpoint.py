@@ -1,10 +1,43 @@
 """Checkpoints of a run, and the identity of its directory."""
 from __future__ import annotations
 
+import itertools
 import json
 import pathlib
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import orbax.checkpoint as ocp
+from ml_collections import ConfigDict
+
+from kl_reg import config as configs
+
+
+class Inputs(NamedTuple):
+    """Digests of what the settings only name: base model, reward functions, environment and student are the sweep's;
+    reference models and functions of the update, where they are not the library's, are listed by program."""
+
+    base: str
+    rewards: list[str]
+    references: list[list[str]]
+    environment: str
+    student: str
+    functions: list[list[str]]
+
+
+def describe(config: ConfigDict, inputs: Inputs, members: Sequence[Sequence[int]], quantize: dict | None) -> dict:
+    """What config.json says of a run: the resolved configuration, its fingerprint, and what it depends on.
+
+    Args:
+        members: of each program.
+        quantize: how the base was rounded.
+    """
+    flat = (inputs.base, *inputs.rewards, *itertools.chain(*inputs.references), inputs.environment, inputs.student,
+            *itertools.chain(*inputs.functions))
+    return {"config": json.loads(config.to_json()), "fingerprint": configs.fingerprint(config, *flat),
+            "base": inputs.base, "references": {str(i): digests for own, digests in
+                                                zip(members, inputs.references, strict=True) for i in own},
+            "quantize": quantize, "inputs": inputs._asdict()}
 
 
 def claim(workdir: pathlib.Path, resolved: dict) -> None:
@@ -17,6 +50,9 @@ def claim(workdir: pathlib.Path, resolved: dict) -> None:
         FileExistsError: the directory holds another experiment, or something that is none.
     """
     file = workdir / "config.json"
+    if (workdir / "sweep.json").exists():
+        raise FileExistsError(f"{workdir} holds a sweep of several programs: continue it with python -m launch.sweep "
+                              "--config=... --jobs=1, or choose another --workdir")
     if file.exists():
         found = json.loads(file.read_text())["fingerprint"]
         if found != resolved["fingerprint"]:

@@ -38,6 +38,9 @@ def default() -> ConfigDict:
     config.model.path = "embedded"        # or a packaged model, a folder, or a model of the hub: docs/models.md
     config.model.dtype = "float32"        # of parameters and activations; KL and losses are float32
     config.model.quantize = ""            # "int8": the matrices of the frozen base model's layers
+    config.model.cache = ""               # dtype of the KV cache: "" as model.dtype, "bfloat16" or "int8"
+    config.model.copies = True            # sampling reads a copy of the weights, each layer's by itself: faster
+    config.model.remat = ""               # what gradients recompute of a trunk: "layers", "products" (less), "" nothing
 
     config.env = ConfigDict()
     config.env.name = "teacher_student"
@@ -122,6 +125,8 @@ def _rl():
     rl.episodes = 32                   # of each member, an iteration
     rl.epochs = 2
     rl.minibatches = 1
+    rl.accumulate = 1                  # parts of a minibatch, read one after the other, whose gradients add up
+    rl.entries = 2**28                 # of tokens x vocabulary, of all members, that an update forms at a time at most
     rl.stop_kl = nothing(float)        # nats per token from the sampling policy, that end an iteration; None: none do
     rl.discount = 1.0
     rl.gae_lambda = 0.95
@@ -247,17 +252,28 @@ def override(config: ConfigDict, member: dict) -> ConfigDict:
 
 def split(config: ConfigDict) -> tuple[Static, Hyper, int]:
     """One member's (Static, Hyper, seed)."""
-    config = override(config, {f"rl.{key}": value for key, value in losses.resolve(config.rl).items()})
-    settings = {key: value for key, value in flat(config).items() if key not in HYPER and key != "seed"}
+    config = _with_algorithm(config)
     values = {name: config[key.split(".")[0]][key.split(".")[1]] for key, name in HYPER.items()}
-    constrained = any(config.kl[key.split(".")[1]] is not None for key in BUDGETS)
     values = {name: math.inf if value is None else value for name, value in values.items()}
+    hyper = Hyper(**{name: jnp.float32(value) for name, value in values.items()})
+    return static_of(config), hyper, config.seed
+
+
+def static_of(config: ConfigDict) -> Static:
+    """One member's `Static`; makes no array, so that no accelerator is taken."""
+    config = _with_algorithm(config)
+    settings = {key: value for key, value in flat(config).items() if key not in HYPER and key != "seed"}
+    constrained = any(config.kl[key.split(".")[1]] is not None for key in BUDGETS)
     nested = {}
     for key, value in settings.items():
         section, _, name = key.rpartition(".")
         (nested.setdefault(section, {}) if section else nested)[name] = value
-    hyper = Hyper(**{name: jnp.float32(value) for name, value in values.items()})
-    return Static(json.dumps(nested, sort_keys=True), constrained), hyper, config.seed
+    return Static(json.dumps(nested, sort_keys=True), constrained)
+
+
+def _with_algorithm(config):
+    """With what the algorithm decides where a setting is None."""
+    return override(config, {f"rl.{key}": value for key, value in losses.resolve(config.rl).items()})
 
 
 def fingerprint(config: ConfigDict, *inputs: str) -> str:

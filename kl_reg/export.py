@@ -13,9 +13,9 @@ from kl_reg import card, runs
 from kl_reg import config as configs
 from kl_reg.kl import budget
 from kl_reg.models import export as files
-from kl_reg.models import folders, policy, quantize, weights
+from kl_reg.models import folders, lora, quantize, weights
 from kl_reg.models.actor import Situation
-from kl_reg.training import step, sweep
+from kl_reg.training import scoring, sweep
 from kl_reg.types import Sampling
 
 
@@ -127,7 +127,7 @@ def _write_model(folder, member, base, dtype):
     config, params = member.config, member.params
     if config.policy.kind == "lora":
         wide = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, dtype)), _frozen(config))
-        merged = policy.merged(wide, params["adapter"], config.policy.alpha / config.policy.rank)
+        merged = lora.merged(wide, params["adapter"], config.policy.alpha / config.policy.rank)
     else:
         merged = params["trunk"]
     files.model(folder, base, merged, dtype, Sampling(**config.sampling))
@@ -153,7 +153,7 @@ def _frozen(config):
 
 def _untouched(config):
     """What a head sees of its budget at the first token, before anything is spent; zeros without one."""
-    caps = step.caps_of(configs.split(config)[1])
+    caps = scoring.caps_of(configs.split(config)[1])
     ledger = budget.enter(budget.open_ledger(()), jnp.int32(0))
     left = budget.left(caps, ledger, config.kl.carry)
     return Situation(left, budget.part_left(caps, ledger, left), jnp.float32(0)).inputs()[:2].tolist()

@@ -18,6 +18,7 @@ from kl_reg import choice
 from kl_reg.kl import budget
 from kl_reg.kl.budget import Caps
 from kl_reg.kl.exact import TokenTerms
+from kl_reg.models import decoder
 from kl_reg.models.actor import Situation
 from kl_reg.types import AGENT, FORCED, OPENING, PAD, Episodes, Frozen, Openings, Transcript
 
@@ -92,9 +93,9 @@ class Carry(NamedTuple):
     student: object
 
 
-def rollout(program, params, memory, frozen: Frozen, caps: Caps, keys: Array, first: Int[Array, " m"],
-            group: Int[Array, ""] | int = 1) -> Episodes:
-    """Samples `program.episodes` episodes for each member.
+def rollout(program, params, memory, frozen: Frozen, caps: Caps, keys: Array, first: Int[Array, " m"], group: int = 1
+            ) -> Episodes:
+    """Samples `program.episodes` episodes for each member, until the last one is over.
 
     Args:
         program: static.
@@ -102,19 +103,47 @@ def rollout(program, params, memory, frozen: Frozen, caps: Caps, keys: Array, fi
         caps: of each member [m]; only looked at when the program is constrained.
         keys: one a member (`member_keys`).
         first: index of each member's first episode: parts of a larger batch are sampled as the whole would be.
-        group: this many episodes in a row have the same opening.
+        group: this many episodes in a row have the same opening, which is read once for them.
 
     Returns:
-        Episodes [m, b, ...]; the agent stream has room for every token of the episode.
+        Episodes [m, b, ...]; the agent stream has room for every token of the episode. Of a program that is `deferred`
+        they lack what `scoring.complete` adds.
     """
     own, leaders = (episode_keys(keys, first, program.episodes, size) for size in (1, group))
     chosen = choose_openings(program.env.openings, leaders)
-    fixed, openings, carry = begin(program, params, memory, frozen, caps, own, chosen)
-    carry, steps = jax.lax.scan(partial(step, program, fixed), carry, jnp.arange(program.env.length))
+    fixed, openings, carry = begin(program, params, memory, frozen, caps, own, chosen, program.sharing(group))
+    carry, steps = _until_over(program, _apart(program, fixed) if program.copies else fixed, carry)
     return _collect(program, chosen, openings, jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2), steps), carry.asked)
 
 
-def episode_keys(keys: Array, first: Int[Array, " m"], count: int, group: Int[Array, ""] | int = 1) -> Array:
+def _apart(program, fixed):
+    """With a copy of the weights that are read for each token, layer by layer."""
+    memory, reference = program.reference.apart(fixed.memory, fixed.frozen.reference)
+    frozen = Frozen(decoder.apart(fixed.frozen.base), reference, program.student.apart(fixed.frozen.student))
+    return fixed._replace(params=program.policy.apart(fixed.params), memory=memory, frozen=frozen)
+
+
+def _until_over(program, fixed, carry):
+    """All steps [t, m, b, ...]. Those behind the end of the last episode are not run: they have no role and no turn,
+    and are zero otherwise."""
+    _, shapes = jax.eval_shape(partial(step, program, fixed), carry, jnp.int32(0))
+    steps = jax.tree.map(lambda x: jnp.zeros((program.env.length, *x.shape), x.dtype), shapes)
+    steps = steps._replace(role=steps.role + PAD, turn=steps.turn - 1)
+
+    def unfinished(state):
+        position, carry, _ = state
+        role, _ = _twice(program.env.turn)(carry.env)
+        return (position < program.env.length) & ~(carry.over | (role == PAD)).all()
+
+    def write(state):
+        position, carry, steps = state
+        carry, new = step(program, fixed, carry, position)
+        return position + 1, carry, jax.tree.map(lambda x, y: x.at[position].set(y), steps, new)
+
+    return jax.lax.while_loop(unfinished, write, (jnp.int32(0), carry, steps))[1:]
+
+
+def episode_keys(keys: Array, first: Int[Array, " m"], count: int, group: int = 1) -> Array:
     """The keys [m, count] of each member's episodes from `first` on, or of the first one of each one's group."""
     def one(key, i):
         return jax.vmap(jax.random.fold_in, (None, 0))(key, (i + jnp.arange(count)) // group * group)
@@ -130,18 +159,19 @@ def choose_openings(openings: Openings, keys: Array) -> Int[Array, "m b"]:
     return _twice(lambda key: jax.random.randint(jax.random.fold_in(key, 2**31 - 1), (), 0, count))(keys)
 
 
-def begin(program, params, memory, frozen: Frozen, caps: Caps, keys: Array, chosen: Int[Array, "m b"]
+def begin(program, params, memory, frozen: Frozen, caps: Caps, keys: Array, chosen: Int[Array, "m b"], group: int = 1
           ) -> tuple[Fixed, Openings, Carry]:
-    """Episodes with these keys [m, b] behind the `chosen` openings, nothing drawn yet; `caps` are of each member [m].
-    """
-    policy, env, reference = program.policy, program.env, program.reference
+    """Episodes with these keys [m, b] behind the `chosen` openings, nothing drawn yet; `caps` are of each member [m],
+    and `group` episodes in a row have the same opening."""
+    policy, env, reference = program.writer, program.env, program.reference
     openings = Openings(jnp.asarray(env.openings.tokens)[chosen], jnp.asarray(env.openings.start)[chosen])
+    read = jax.tree.map(lambda x: x[:, ::group], openings)
     slots = openings.tokens.shape[-1] + env.length - 1
     caps = jax.tree.map(lambda x: jnp.broadcast_to(x[:, None], keys.shape), caps)
     env_state = jax.tree.map(lambda x: jnp.broadcast_to(x, (*keys.shape, *x.shape)), env.reset())
-    state = policy.prefill(params, frozen.base, openings.tokens[..., :-1], openings.start, slots)
-    ref_state = reference.prefill(memory, frozen, openings.tokens, openings.start, slots)
-    student = program.student.prefill(frozen.student, openings.tokens[..., :-1], openings.start, slots)
+    state = policy.prefill(params, frozen.base, read.tokens[..., :-1], read.start, slots, group)
+    ref_state = reference.prefill(memory, frozen, read.tokens, read.start, slots, group)
+    student = program.student.prefill(frozen.student, read.tokens[..., :-1], read.start, slots, group)
     nothing = jnp.zeros(keys.shape, bool)
     carry = Carry(openings.tokens[..., -1], nothing, nothing, budget.open_ledger(keys.shape), env_state, state,
                   ref_state, student)
@@ -159,7 +189,9 @@ def step(program, fixed: Fixed, carry: Carry, position: Int[Array, ""], said: In
     """
     policy, env, reference, frozen = program.policy, program.env, program.reference, fixed.frozen
     at = fixed.start, program.env.openings.tokens.shape[-1] - 1 + position
-    features, state = policy.decode(fixed.params, frozen.base, carry.token, *at, carry.policy)
+    features, state = program.writer.decode(fixed.params, frozen.base, carry.token, *at, carry.policy)
+    if program.deferred:
+        return _step_alone(program, fixed, carry, position, features, state)
     seen, ref_state = reference.decode(fixed.memory, frozen, carry.token, *at, carry.reference)
     hidden, student = program.student.decode(frozen.student, carry.token, *at, carry.student)
     role, forced = _twice(env.turn)(carry.env)
@@ -190,6 +222,25 @@ def step(program, fixed: Fixed, carry: Carry, position: Int[Array, ""], said: In
     ref_state = reference.observe(ref_state, measure, token)
     env_state = _twice(env.observe)(carry.env, token)
     return Carry(token, over, asked, ledger, env_state, state, ref_state, student), out
+
+
+def _step_alone(program, fixed, carry, position, features, state):
+    """`step` of a program that is deferred: of a token nothing but the policy's features is recorded."""
+    role, forced = _twice(program.env.turn)(carry.env)
+    over = carry.over | (role == PAD)
+    role, zero = jnp.where(over, PAD, role), jnp.zeros(over.shape)
+    situation = Situation(zero + jnp.inf, zero, jnp.full(over.shape, position / program.env.length))
+    logits = jax.vmap(program.policy.alone.logits, (0, None, 0, 0, 0))(
+        fixed.params, fixed.frozen.base, features, situation, role == AGENT) / program.sampling.temperature
+
+    def draw(logits, key):
+        return inverse_cdf(jax.nn.log_softmax(logits), jax.random.uniform(jax.random.fold_in(key, position)))
+
+    token = jnp.where(role == FORCED, forced, jnp.where(over, 0, _twice(draw)(logits, fixed.keys)))
+    out = Step(role, jnp.where(over, -1, carry.env.turn), token, zero, None,
+               TokenTerms(*[zero] * len(TokenTerms._fields)), zero, zero, zero, features, ())
+    env_state = _twice(program.env.observe)(carry.env, token)
+    return carry._replace(token=token, over=over, env=env_state, policy=state), out
 
 
 def _twice(function: Callable) -> Callable:

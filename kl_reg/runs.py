@@ -46,15 +46,26 @@ def parse(text: str) -> Address | None:
 
 def config_of(workdir: pathlib.Path) -> ConfigDict:
     """The resolved configuration, settings that it lacks and those of the log at their defaults."""
-    stored = json.loads((workdir / "config.json").read_text())["config"]
+    file = workdir / "config.json"
+    stored = json.loads(file.read_text())["config"]
+    return from_stored({key: value for key, value in stored.items() if key != "log"}, file)
+
+
+def from_stored(stored: dict, file: pathlib.Path) -> ConfigDict:
+    """The configuration that `file` holds as JSON.
+
+    Raises:
+        ValueError: it has a setting that there is not.
+    """
+    log = stored.get("log", {})
     stored = configs.flat(ConfigDict({key: value for key, value in stored.items() if key != "log"}))
     config = configs.default()
-    known = configs.flat(config)
-    unknown = sorted(set(stored) - set(known))
+    unknown = sorted((set(stored) - set(configs.flat(config))) | {f"log.{key}" for key in set(log) - set(config.log)})
     if unknown:
-        raise ValueError(f"{workdir / 'config.json'}: unknown settings {', '.join(unknown)}")
+        raise ValueError(f"{file}: unknown settings {', '.join(unknown)}")
     with config.ignore_type():
         config.update_from_flattened_dict(stored)
+        config.log.update(log)
     return config
 
 
@@ -70,8 +81,20 @@ def check_base(workdir: pathlib.Path, folder: pathlib.Path) -> str:
     return digest
 
 
+def programs(workdir: pathlib.Path) -> list[tuple[pathlib.Path, list[int]]]:
+    """The directories of a sweep's programs, runs themselves, and the numbers of their members in the sweep; none where
+    one process trained all of it."""
+    file = workdir / "sweep.json"
+    if not file.is_file():
+        return []
+    return [(workdir / f"programs/{i}", members) for i, members in enumerate(json.loads(file.read_text())["programs"])]
+
+
 def iterations(workdir: pathlib.Path) -> list[int]:
-    """Iterations of which there is a checkpoint, in order."""
+    """Iterations of which there is a checkpoint, in order; of all programs where there are several."""
+    several = [set(iterations(folder)) for folder, _ in programs(workdir)]
+    if several:
+        return sorted(set.intersection(*several))
     folder = workdir / "checkpoints"
     return sorted(int(entry.name) for entry in folder.iterdir() if entry.name.isdigit()) if folder.is_dir() else []
 
@@ -83,10 +106,18 @@ def load(workdir: pathlib.Path, iteration: int | None = None) -> list[Member]:
         FileNotFoundError: there is no such checkpoint; lists those that exist.
     """
     have = iterations(workdir)
+    several = programs(workdir)
     if not have or iteration not in (None, *have):
+        empty = [f"{folder.name} (members {', '.join(map(str, numbers))})"
+                 for folder, numbers in several if not iterations(folder)]
         raise FileNotFoundError(f"{workdir}: no checkpoint {'' if iteration is None else f'of iteration {iteration}'}; "
-                                f"there are {', '.join(map(str, have)) or 'none'}")
+                                f"there are {', '.join(map(str, have)) or 'none'}"
+                                + f", and none at all of program {', '.join(empty)}" * bool(empty))
     iteration = have[-1] if iteration is None else iteration
+    if several:
+        found = {number: member for folder, numbers in several
+                 for number, member in zip(numbers, load(folder, iteration), strict=True)}
+        return [found[number] for number in sorted(found)]
     manager = ocp.CheckpointManager((workdir / "checkpoints").absolute())
     stored = manager.restore(iteration, args=ocp.args.Composite(state=ocp.args.StandardRestore())).state
     manager.close()
@@ -104,5 +135,5 @@ def groups(config: ConfigDict) -> list[list[tuple[int, ConfigDict]]]:
     by_static = {}
     for number, member in enumerate(configs.members(config)):
         own = configs.override(config, member)
-        by_static.setdefault(configs.split(own)[0], []).append((number, own))
+        by_static.setdefault(configs.static_of(own), []).append((number, own))
     return list(by_static.values())

@@ -12,14 +12,15 @@ from kl_reg.config import BUDGETS, HYPER, default, flat, kl_config, members, ove
 from kl_reg.kl import controllers, estimators
 from kl_reg.kl.references import CUTS
 from kl_reg.losses import reductions
-from kl_reg.models import policy, reference, weights
+from kl_reg.models import lora, policies, reference, weights
 
 _SHARED = ("sweep", "model", "env", "reward", "sampling", "evaluation", "checkpoint", "log", "rl.iterations")
 """Settings that all members of a sweep share: they have one base model, one task and one evaluation."""
 
-_AT_LEAST_ONE = ("rl.iterations", "rl.episodes", "rl.epochs", "rl.minibatches", "env.length", "policy.layers",
-                 "policy.hidden", "policy.rank", "policy.spend_levels", "evaluation.episodes", "checkpoint.every",
-                 "checkpoint.keep", "optim.warmup", "reference.every", "rl.group", "env.opening_tokens")
+_AT_LEAST_ONE = ("rl.iterations", "rl.episodes", "rl.epochs", "rl.minibatches", "rl.accumulate", "rl.entries",
+                 "env.length", "policy.layers", "policy.hidden", "policy.rank", "policy.spend_levels",
+                 "evaluation.episodes", "checkpoint.every", "checkpoint.keep", "optim.warmup", "reference.every",
+                 "rl.group", "env.opening_tokens")
 _NOT_NEGATIVE = ("kl.coef", "kl.target", "kl.horizon", "kl.rate", "kl.gain", "kl.final", "sampling.top_k", "rl.clip",
                  "rl.clip_high", "rl.value_coef", "rl.entropy_coef", "env.turns", "env.opening_turns", "policy.alpha",
                  "optim.learning_rate", "optim.max_grad_norm", "optim.final", "seed")
@@ -87,7 +88,7 @@ def _validate_member(config):
     rewards.check(config.reward)
     shapes = weights.load_config(config.model.path, config.model.dtype)
     if config.policy.kind == "lora":
-        policy.adaptable(shapes, config.policy.targets)
+        lora.adaptable(shapes, config.policy.targets)
     if config.policy.kind == "head" and config.policy.layers > shapes.layers:
         raise ValueError(f"policy.layers={config.policy.layers}: the model has {shapes.layers} layers")
     if config.env.length > shapes.max_position:
@@ -110,6 +111,9 @@ def _validate_algorithm(rl):
     for key in ("minibatches", "group"):
         if rl.episodes % rl[key]:
             raise ValueError(f"rl.episodes={rl.episodes} must be a multiple of rl.{key}={rl[key]}")
+    if rl.episodes // rl.minibatches % rl.accumulate:
+        raise ValueError(f"rl.accumulate={rl.accumulate} must divide a minibatch, rl.episodes={rl.episodes} over "
+                         f"rl.minibatches={rl.minibatches}")
     if rl.group == 1 and rl.advantage in _RELATIVE:
         raise ValueError(f"rl.advantage={rl.advantage!r} compares episodes with the same opening: rl.group must be at "
                          "least 2")
@@ -120,7 +124,7 @@ def _validate_algorithm(rl):
 
 def _validate_policy(config):
     settings = config.policy
-    policy.POLICIES[settings.kind]  # noqa: B018 - raises for an unknown name
+    policies.POLICIES[settings.kind]  # noqa: B018 - raises for an unknown name
     if settings.kind == "full" and config.model.dtype != "float32":
         raise ValueError("policy.kind='full' with model.dtype='bfloat16': updates are smaller than a weight's "
                          "resolution; use model.dtype='float32'")

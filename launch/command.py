@@ -94,11 +94,16 @@ def run(argv, config, workdir: str) -> None:
     import kl_reg
 
     result = guarded(argv, lambda: kl_reg.train(config, workdir=workdir, began=_BEGAN))
-    _print_table(result.summary)
+    print_summary(result.summary, result.workdir, result.report, result.tokens_per_second)
+
+
+def print_summary(summary, workdir, report, tokens_per_second=None) -> None:
+    """A line a member, and where everything is."""
+    _print_table(summary)
     print()
-    if result.tokens_per_second is not None:
-        print(f"speed   {result.tokens_per_second:.0f} tokens per second: rollout, reward and update, median iteration")
-    print(f"run     {result.workdir}\nreport  {result.report}")
+    if tokens_per_second is not None:
+        print(f"speed   {tokens_per_second:.0f} tokens per second: rollout, reward and update, median iteration")
+    print(f"run     {workdir}\nreport  {report}")
 
 
 def _print_table(summary):

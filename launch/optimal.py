@@ -35,8 +35,7 @@ def main(argv=None):
 
 def _run(argv):
     args = _arguments(argv)
-    if args.episodes < 2:
-        raise ValueError(f"--episodes {args.episodes}: an error needs two at least")
+    command.check_whole(args, episodes=2, seed=0)       # a standard error needs two
     from kl_reg import runs
     from kl_reg.analysis import efficiency, efficiency_figure
 
@@ -55,8 +54,8 @@ def _print(report):
     from rich.table import Table
 
     table = Table(box=SIMPLE_HEAD)
-    for head in ("policy", "KL, nats", "reward", "best at its KL", "efficiency", "effective samples"):
-        table.add_column(head, no_wrap=True)
+    for head in ("policy", "KL, nats", "reward", "best at its KL", "efficiency", "ESS"):
+        table.add_column(head, no_wrap=head != "policy")        # numbers are shown whole
     table.add_row("base", "0", f"{report['base_reward']:.3f}")
     for row in report["members"]:
         table.add_row(row["title"] if row["member"] is None else f"{row['member']}  {row['title']}",
@@ -65,9 +64,16 @@ def _print(report):
     table.add_section()
     for row in report["best_of_n"]:
         table.add_row(f"best of {row['n']}", f"{row['kl']:.2f} (bound {row['kl_bound']:.2f})", f"{row['reward']:.3f}")
+    table.add_section()
+    for row in report["budgets"]:
+        table.add_row(f"bound at {row['nats']:g} nats", f"{row['kl']:.2f}",
+                      f"{row['reward']:.3f} ± {row['reward_se']:.3f}", "", "", f"{row['ess']:.0f}")
     console = Console()
     Console(width=max(110, console.width)).print(table)
-    print("Per episode; ± is a standard error. Efficiency: KL of the best policy with the same reward over its own KL.")
+    print("Per episode; ± is a standard error. Efficiency: KL of the best policy with the same reward over its own KL. "
+          "ESS: effective samples of the frontier there.")
+    if report["budgets"]:
+        print("Bound: what the best policy earns that may spend so much on average; a hard budget allows no more.")
 
 
 def _cell(value, form):

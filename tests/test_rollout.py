@@ -24,7 +24,7 @@ from kl_reg import config as configs
 from kl_reg import rollout
 from kl_reg.models import decoder, student, weights
 from kl_reg.training import program as programs
-from kl_reg.training import step
+from kl_reg.training import scoring
 from kl_reg.types import AGENT, FORCED, OPENING, PAD, STUDENT, Episodes, Frozen, Hyper, Openings
 
 BUDGETS = (0.0, 0.1, 3.0, 20.0)
@@ -143,7 +143,7 @@ def case(tiny_folder):
         pair = programs.compile_program(program._replace(episodes=2))
 
         def score(params, episodes, hyper):
-            return step.score(program, params, (), frozen, episodes, step.caps_of(hyper), jnp.int32(24))
+            return scoring.score(program, params, (), frozen, episodes, scoring.caps_of(hyper), jnp.int32(24))
 
         return Case(program, model.config, compiled, pair, model.params, frozen, state.params, params, hyper,
                     jax.jit(jax.vmap(score)), keys, episodes)
@@ -264,7 +264,7 @@ def test_the_episodes_of_a_group_have_one_opening(case, first):
     program = plain.program._replace(env=plain.program.env._replace(openings=openings, length=2))
     sample = programs.compile_program(program).sample
     given = plain.params, (), plain.hyper, plain.frozen, plain.keys, jnp.full(4, first)
-    single, pairs = (sample(*given, jnp.int32(size)) for size in (1, 2))
+    single, pairs = (sample(*given, size) for size in (1, 2))
     alone, opening = np.asarray(single.transcript.opening), np.asarray(pairs.transcript.opening)
     np.testing.assert_array_equal(opening, np.repeat(alone[:, ::2], 2, axis=1))
     assert (alone[:, 1::2] != alone[:, ::2]).any()

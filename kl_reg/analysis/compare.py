@@ -16,7 +16,7 @@ from kl_reg.analysis.divergence import Writer, meanings, measure, summarise
 from kl_reg.analysis.settings import Setting, settings
 from kl_reg.envs.environment import Environment
 from kl_reg.models import folders, tokenizer
-from kl_reg.training import step, sweep
+from kl_reg.training import scoring, sweep
 from kl_reg.types import OPENING, PAD, Transcript
 
 _BATCH = 32      # episodes that are sampled and read at a time
@@ -179,7 +179,7 @@ def settings_of(workdir: pathlib.Path) -> list[Setting]:
 def writer_of(team: sides.Team, i: int) -> Writer:
     """A team's i-th member."""
     params, memory, hyper = jax.tree.map(lambda x: x[i], (team.params, team.memory, team.hyper))
-    return Writer(params, memory, team.frozen, step.caps_of(hyper))
+    return Writer(params, memory, team.frozen, scoring.caps_of(hyper))
 
 
 def batched(function: Callable, transcript: Transcript, seed: int) -> np.ndarray:

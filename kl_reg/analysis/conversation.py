@@ -20,7 +20,7 @@ from kl_reg import rollout
 from kl_reg.analysis.sides import Team
 from kl_reg.envs.environment import Environment
 from kl_reg.models import tokenizer
-from kl_reg.training import step
+from kl_reg.training import scoring
 from kl_reg.types import AGENT, FORCED, PAD, Openings
 
 
@@ -62,7 +62,8 @@ def compile_policy(team: Team, shown: Callable) -> Policy:
     Args:
         shown: from the `TokenTerms` of a token of the agent to the nats that are shown of it.
     """
-    program, frozen = team.program, team.frozen._replace(base=_apart(team.frozen.base))
+    policy = team.program.policy._replace(alone=None)       # what is shown of a token is wanted at once
+    program, frozen = team.program._replace(policy=policy), team.frozen._replace(base=_apart(team.frozen.base))
     start = jax.jit(partial(_start, program))
     following = jax.jit(partial(_following, program, shown), donate_argnums=1)
 
@@ -71,7 +72,7 @@ def compile_policy(team: Team, shown: Callable) -> Policy:
         return rollout.episode_keys(member, jnp.array([attempt]), 1)
 
     def begin(seed):
-        fixed, openings, carry = start(team.params, team.memory, frozen, step.caps_of(team.hyper), keys(seed, 0))
+        fixed, openings, carry = start(team.params, team.memory, frozen, scoring.caps_of(team.hyper), keys(seed, 0))
         fixed = fixed._replace(params=team.params, memory=team.memory, frozen=frozen)
         following(fixed, jax.tree.map(jnp.copy, carry), jnp.int32(0), jnp.full((1, 1), -1))
         role, _ = program.env.turn(program.env.reset())

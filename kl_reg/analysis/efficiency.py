@@ -18,12 +18,13 @@ from kl_reg.analysis import compare, sides
 from kl_reg.analysis.baselines import best_of_n
 from kl_reg.analysis.divergence import log_prob
 from kl_reg.analysis.optimal import efficiency
-from kl_reg.analysis.tilted import Tilted, importance_frontier
+from kl_reg.analysis.tilted import Tilted, expected_budget, importance_frontier
 from kl_reg.rewards import Reward, replies
 from kl_reg.types import AGENT, OPENING, Episodes
 
 _BATCH = 128        # episodes that are sampled at a time
 _POINTS = 60        # of the frontier, before those with too few effective samples are left out
+_SMALLEST = 0.01    # coefficient, in standard deviations of the base's reward per nat
 
 
 class Spoken(NamedTuple):
@@ -37,7 +38,8 @@ class Spoken(NamedTuple):
 
 def measure(name: str, episodes: int, seed: int | None = None, least: float = 100.0, beside: Sequence[str] = ()
             ) -> dict:
-    """Frontier, members and best-of-n of a run, as docs/optimum.md has them.
+    """Frontier, members, best-of-n and, for each hard budget of the members, the most that policies can do whose
+    *expected* KL is at most that (left out where there are too few samples); as docs/optimum.md has them.
 
     Args:
         name: RUN[:MEMBER][@ITERATION].
@@ -116,7 +118,8 @@ def _speak(team: sides.Team, reward: Reward, count, seeds):
 
 
 def _report(names, parts, under, least):
-    points = _frontier(parts, under, least)
+    at, spread = _optimum(parts, under), max(float(parts[0].rewards.std()), 1e-12)
+    points = _frontier(at, spread, least, parts)
     kl, best = np.array([point.kl for point in points]), np.array([point.reward for point in points])
     members = []
     for name, part in zip(names, parts[1:], strict=True):
@@ -126,37 +129,49 @@ def _report(names, parts, under, least):
         members.append({key: _plain(value) for key, value in own.items()} | {
             "best_reward": _plain(np.interp(own["kl"], kl, best) if own["kl"] <= kl.max() else np.nan),
             "efficiency": _plain(efficiency(kl, best, own["kl"], own["reward"])), "ess": _plain(closest.ess)})
-    return {"base_reward": _plain(parts[0].rewards.mean()), "frontier": [
-        {key: _plain(value) for key, value in point._asdict().items()} for point in points],
-            "members": members, "best_of_n": _best_of(parts[0])}
+    budgets = sorted({member["hyper"]["kl.budget"] for member in members if member["hyper"]} - {None, 0.0})
+    bounds = [(nats, expected_budget(at, nats, spread * _SMALLEST)) for nats in budgets]
+    return {"base_reward": _plain(parts[0].rewards.mean()), "frontier": [_row(point) for point in points],
+            "members": members, "best_of_n": _best_of(parts[0]),
+            "budgets": [{"nats": nats, **_row(point)} for nats, point in bounds if point.ess >= least]}
 
 
-def _frontier(parts, under, least):
-    """Each prompt has an optimum of its own; together they weigh as they were drawn, as the policies' means do."""
+def _optimum(parts, under):
+    """The optimum's point at a coefficient. Each prompt has an optimum of its own; together they weigh as they were
+    drawn, as the policies' means do."""
     reward = np.concatenate([part.rewards for part in parts])
     prompt = np.concatenate([part.episodes.transcript.opening for part in parts])
     policy = np.repeat(np.arange(len(parts)), [len(part.rewards) for part in parts])
-    spread = max(float(parts[0].rewards.std()), 1e-12)
-    lams, labels = np.array([math.inf, *(spread * np.geomspace(30, 0.01, _POINTS))]), np.unique(prompt)
-    each = []
-    for label in labels:
-        rows = np.flatnonzero(prompt == label)
-        counts = np.bincount(policy[rows], minlength=len(parts))
-        each.append(importance_frontier(reward[rows], under[0][rows], under[:, rows], counts, lams, least=0.0))
-    weight = np.array([(prompt == label).mean() for label in labels])
-    points = []
-    for lam, same in zip(lams, zip(*each, strict=True), strict=True):
+    groups = [np.flatnonzero(prompt == label) for label in np.unique(prompt)]
+    counts = [np.bincount(policy[rows], minlength=len(parts)) for rows in groups]
+    weight = np.array([len(rows) for rows in groups]) / len(prompt)
+
+    def at(lam: float) -> Tilted:
+        same = [importance_frontier(reward[rows], under[0][rows], under[:, rows], count, np.array([lam]), least=0.0)[0]
+                for rows, count in zip(groups, counts, strict=True)]
         column = {key: np.array([getattr(point, key) for point in same]) for key in Tilted._fields}
         mean = lambda values: float((weight * values).sum())  # noqa: E731
         error = lambda values: float(np.sqrt(((weight * values) ** 2).sum()))  # noqa: E731
-        points.append(Tilted(float(lam), mean(column["reward"]), error(column["reward_se"]), mean(column["kl"]),
-                             error(column["kl_se"]), float(column["ess"].min())))
+        return Tilted(float(lam), mean(column["reward"]), error(column["reward_se"]), mean(column["kl"]),
+                      error(column["kl_se"]), float(column["ess"].min()))
+
+    return at
+
+
+def _frontier(at, spread, least, parts):
+    """Its points with samples enough."""
+    points = [at(lam) for lam in (math.inf, *(spread * np.geomspace(30, _SMALLEST, _POINTS)))]
     kept = [point for point in points if point.ess >= least]
     if not kept:
-        raise ValueError(f"no point of the frontier has {least:g} effective samples: {len(labels)} prompts share "
-                         f"{len(reward)} episodes, and each prompt needs its own; the most is "
-                         f"{max(point.ess for point in points):.0f}. Take more episodes, or a smaller least")
+        prompts = np.unique(np.concatenate([part.episodes.transcript.opening for part in parts]))
+        raise ValueError(f"no point of the frontier has {least:g} effective samples: {len(prompts)} prompts share "
+                         f"{sum(len(part.rewards) for part in parts)} episodes, and each prompt needs its own; the "
+                         f"most is {max(point.ess for point in points):.0f}. Take more episodes, or a smaller least")
     return kept
+
+
+def _row(point):
+    return {key: _plain(value) for key, value in point._asdict().items()}
 
 
 def _error(values):

@@ -35,7 +35,7 @@ def draw(scripts: Sequence[dict], title: str, path: pathlib.Path) -> pathlib.Pat
         turn.set_ylim(bottom=lowest / 2)
         turn.set(title="what each turn costs (nats per turn)", xlabel="turn of the teacher")
         total.set(title="what it costs up to that turn (nats)", xlabel="turn of the teacher")
-        total.set_ylim(bottom=0)
+        total.set_ylim(0, max(total.get_ylim()[1], 1.05 * BUDGETS[-1]))
         for budget in BUDGETS:
             total.axhline(budget, color="0.25", ls=":", lw=1.2)
             total.annotate(f"{budget:g} nats:\n1 in {math.exp(budget):,.0f}", (1.0, budget), (4, 0), fontsize=8.5,

@@ -14,9 +14,10 @@ from tokenizers import Tokenizer
 
 from kl_reg import config as configs
 from kl_reg import losses, rollout, runs
-from kl_reg.models import decoder, policy, quantize, reference, tokenizer, weights
+from kl_reg.models import decoder, policies, quantize, reference, tokenizer, weights
 from kl_reg.models.actor import Situation
-from kl_reg.models.policy import Policy, Reading, TwinFeatures
+from kl_reg.models.finetuned import TwinFeatures
+from kl_reg.models.policy import Policy, Reading
 from kl_reg.training import program as programs
 from kl_reg.training import sweep
 from kl_reg.types import Episodes, Frozen, Hyper
@@ -187,7 +188,7 @@ def _open_model(name, model, run, openings, batch, changes):
     if run and name != "base":
         agent, params = in_place_of_agent(base.config, model.config), model.params
     else:                                                   # an untrained head changes nothing
-        agent = policy.build("head", base.config, ConfigDict({"layers": 1, "hidden": 1, "spend_init": 0.5}))
+        agent = policies.build("head", base.config, ConfigDict({"layers": 1, "hidden": 1, "spend_init": 0.5}))
         params = agent.init(jax.random.key(0), base.params)
     hyper, params = jax.tree.map(lambda x: x[None], (configs.split(configs.default())[1], params))
     teams = []
@@ -223,8 +224,8 @@ def in_place_of_agent(config: decoder.DecoderConfig, other: decoder.DecoderConfi
     flat = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
     single = lambda params: jax.tree.map(lambda x: x[0], params)  # noqa: E731
 
-    def prefill(params, base, tokens, start, slots):
-        return tuple(decoder.prefill(c, p, flat(tokens), flat(start), slots)[1]
+    def prefill(params, base, tokens, start, slots, group=1):
+        return tuple(decoder.prefill(c, p, flat(tokens), flat(start), slots, group=group)[1]
                      for c, p in ((config, base), (other, single(params))))
 
     def decode(params, base, token, start, index, state):

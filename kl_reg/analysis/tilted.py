@@ -8,6 +8,7 @@ effective importance sampling".
 """
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +16,8 @@ from jaxtyping import Float, Int
 from scipy.special import log_softmax, logsumexp
 
 from kl_reg.analysis.tree import mean, reverse_kl
+
+_BISECTIONS = 40    # of a factor of 4
 
 
 class Tilted(NamedTuple):
@@ -66,6 +69,33 @@ def importance_frontier(reward: Float[np.ndarray, " n"], log_base: Float[np.ndar
         points.append(Tilted(float(lam), float(each.reward.mean()), over(each.reward_se), float(each.kl.mean()),
                              over(each.kl_se), float(each.ess.min())))
     return [point for point in points if point.ess >= least]
+
+
+def expected_budget(at: Callable[[float], Tilted], nats: float, lam: float) -> Tilted:
+    """The most that a policy can do whose *expected* KL is at most `nats` per episode, by bisection on log lam.
+
+    It bounds from above what a hard budget, which binds every single episode, can reach.
+
+    Args:
+        at: the frontier's point at a coefficient, whose KL falls with the coefficient.
+        lam: the smallest coefficient that is looked at, above 0; its point, where that is affordable.
+
+    Raises:
+        ValueError: nats is not above 0, or lam is not.
+    """
+    if not nats > 0:
+        raise ValueError(f"nats={nats} must be above 0")
+    _check_lams(lam)
+    if (point := at(lam)).kl <= nats:
+        return point
+    while (point := at(4 * lam)).kl > nats:
+        lam *= 4
+    low, high = np.log(lam), np.log(4 * lam)
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        trial = at(float(np.exp(middle)))
+        low, high, point = (low, middle, trial) if trial.kl <= nats else (middle, high, point)
+    return point
 
 
 def _check(reward, log_base, log_proposals, counts, lams, prompt):

@@ -58,7 +58,7 @@ def completion(config: ConfigDict, tokenizer: Tokenizer, eos: frozenset[int]) ->
         return [_reply(tokenizer, eos, config.end.encode(), rows, transcript, e) for e in range(len(transcript.tokens))]
 
     return Environment(reset, turn, observe, prompts.padded(ids), config.length, read,
-                       "" if config.openings == "fixed" else rows.digest())
+                       "" if config.openings == "fixed" else rows.digest(), students=False)
 
 
 def _rows(config, tokenizer):

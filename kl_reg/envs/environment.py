@@ -36,6 +36,7 @@ class Environment(NamedTuple):
         (nobody: the episode is over).
     observe(state, token) -> state.
     read(transcript) -> the turns of a batch, in order; on the host, numpy in.
+    students: whether anybody but the agent draws tokens.
     `length`: tokens of an episode behind its opening, at most. `digest`: of what the settings only name, as a file of
     prompts; "": nothing.
     """
@@ -47,3 +48,4 @@ class Environment(NamedTuple):
     length: int
     read: Callable[[Transcript], list[Reply]]
     digest: str = ""
+    students: bool = True

@@ -69,7 +69,7 @@ def tabular(config: ConfigDict, tokenizer: Tokenizer, eos: frozenset[int] = froz
         return [_reply(config, tokenizer, *episode) for episode in enumerate(zip(*transcript[:3], strict=True))]
 
     openings = prompts.padded([_opening(config, tokenizer)])
-    return Environment(reset, turn, observe, openings, config.length, read)
+    return Environment(reset, turn, observe, openings, config.length, read, students=STUDENT in roles)
 
 
 def _opening(config, tokenizer):

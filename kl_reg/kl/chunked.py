@@ -1,9 +1,11 @@
-"""Exact terms of many tokens from hidden states, a chunk of rows at a time: no [n, v] array of all n rows is formed.
+"""Exact terms of many tokens from hidden states, and losses of them, a chunk of rows at a time: no [n, v] array of all
+n rows is formed.
 
 Axis names: n tokens, d model width, v vocabulary, p parts of r rows each.
 """
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -23,12 +25,13 @@ class _Plan(NamedTuple):
     train_table: bool
     differentiate: tuple[str, ...]
     scale: float
+    cap: float | None
 
 
 def chunked_terms(policy: Float[Array, "n d"], policy_table: Float[Array, "v d"], base: Float[Array, "n d"],
                   base_table: Float[Array, "v d"], action: Int[Array, " n"], *, relative: bool, chunk: int,
                   train_table: bool = False, differentiate: tuple[str, ...] = ("log_prob", "kl"),
-                  scale: float = 1.0) -> TokenTerms:
+                  scale: float = 1.0, cap: float | None = None, used: Int[Array, ""] | None = None) -> TokenTerms:
     r"""`token_terms` of n tokens whose logits are scale * (hidden @ table^T); float32 [n], nats per token.
 
     The derivatives with respect to `policy` are formed while a chunk's logits are there: scale * (dterm / dlogits) @
@@ -49,6 +52,9 @@ def chunked_terms(policy: Float[Array, "n d"], policy_table: Float[Array, "v d"]
         differentiate: of log_prob, kl, entropy, forward_kl: the terms that have a derivative; the others are constants.
             log_ratio goes with log_prob. forward_kl is computed only if it is named here.
         scale: 1 / temperature.
+        cap: logits are scale * cap * tanh(hidden @ table^T / cap), a relative policy's change is not; None: nothing is.
+        used: only so many of the ceil(n / chunk) parts are computed, of which part i holds every ceil(n / chunk)-th row
+            from i on; the others are zero. None: all.
 
     Raises:
         ValueError: an unknown name in `differentiate`, or `chunk` below 1.
@@ -58,12 +64,12 @@ def chunked_terms(policy: Float[Array, "n d"], policy_table: Float[Array, "v d"]
         raise ValueError(f"differentiate={unknown} is unknown; choose from {', '.join(_DIFFERENTIABLE)}")
     if chunk < 1:
         raise ValueError(f"chunk={chunk} must be at least 1")
-    plan = _Plan(relative, train_table, tuple(differentiate), scale)
+    plan = _Plan(relative, train_table, tuple(differentiate), scale, cap)
     tokens = action.shape[0]
     parts = max(-(-tokens // chunk), 1)
     split = partial(_split, parts=parts)
     terms = _terms(plan, split(policy.astype(jnp.float32)), policy_table, split(jax.lax.stop_gradient(base)),
-                   jax.lax.stop_gradient(base_table), split(action))
+                   jax.lax.stop_gradient(base_table), split(action), jnp.int32(parts) if used is None else used)
     return TokenTerms(*(x.swapaxes(0, 1).reshape(-1)[:tokens] for x in terms))
 
 
@@ -74,22 +80,38 @@ def _split(x, parts):
     return padded.reshape(rows, parts, *x.shape[1:]).swapaxes(0, 1)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _terms(plan, policy, policy_table, base, base_table, action):
-    def part(rows):
-        logits, terms_of = _part(plan, policy_table, base_table, *rows)
-        return terms_of(logits)
+def _over_parts(function, used, *xs):
+    """`lax.map` over the parts; zeros behind the first `used` ones."""
+    def part(args):
+        index, *rows = args
+        nothing = lambda *rows: jax.tree.map(  # noqa: E731
+            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, *rows))
+        return jax.lax.cond(index < used, function, nothing, *rows)
 
-    return jax.lax.map(part, (policy, base, action))
+    return jax.lax.map(part, (jnp.arange(len(xs[0])), *xs))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _terms(plan, policy, policy_table, base, base_table, action, used):
+    def part(*rows):
+        product, terms_of = _part(plan, policy_table, base_table, *rows)
+        return terms_of(product)
+
+    return _over_parts(part, used, policy, base, action)
 
 
 def _part(plan, policy_table, base_table, policy, base, action):
-    """Logits [r, v] of the policy, and the function from such logits to the terms [r]."""
-    base_logits = _product("rd,vd->rv", base_table.dtype, base, base_table) * plan.scale
-    logits = _product("rd,vd->rv", policy_table.dtype, policy, policy_table) * plan.scale
+    """Products [r, v] of the policy with its table, and the function from such products to the terms [r]."""
+    shape = lambda z: z if plan.cap is None else plan.cap * jnp.tanh(z / plan.cap)  # noqa: E731
+    base_logits = shape(_product("rd,vd->rv", base_table.dtype, base, base_table)) * plan.scale
     log_base = jax.nn.log_softmax(base_logits)
     one = partial(token_terms, forward="forward_kl" in plan.differentiate)
-    return base_logits + logits if plan.relative else logits, lambda z: jax.vmap(one)(z, log_base, action)
+
+    def terms_of(product):
+        logits = base_logits + product * plan.scale if plan.relative else shape(product) * plan.scale
+        return jax.vmap(one)(logits, log_base, action)
+
+    return _product("rd,vd->rv", policy_table.dtype, policy, policy_table), terms_of
 
 
 def _product(axes, dtype, left, right):
@@ -97,22 +119,22 @@ def _product(axes, dtype, left, right):
                       precision="highest")      # float32 stays float32 where the hardware has a coarser default
 
 
-def _forward(plan, policy, policy_table, base, base_table, action):
+def _forward(plan, policy, policy_table, base, base_table, action, used):
+    inputs = policy, policy_table, base, base_table, action, used
     if plan.train_table:
-        inputs = policy, policy_table, base, base_table, action
         return _terms(plan, *inputs), inputs
 
-    def part(rows):
-        logits, terms_of = _part(plan, policy_table, base_table, *rows)
-        by_logits = {name: jax.grad(lambda z, name=name: terms_of(z)._asdict()[name].sum())(logits)
-                     for name in plan.differentiate}
-        return terms_of(logits), {name: _by_policy(plan, x, policy_table) for name, x in by_logits.items()}
+    def part(*rows):
+        product, terms_of = _part(plan, policy_table, base_table, *rows)
+        by_product = {name: jax.grad(lambda z, name=name: terms_of(z)._asdict()[name].sum())(product)
+                      for name in plan.differentiate}
+        return terms_of(product), {name: _by_policy(x, policy_table) for name, x in by_product.items()}
 
-    return jax.lax.map(part, (policy, base, action))
+    return _over_parts(part, used, policy, base, action)
 
 
-def _by_policy(plan, by_logits, policy_table):
-    return _product("rv,vd->rd", policy_table.dtype, by_logits, policy_table) * plan.scale
+def _by_policy(by_product, policy_table):
+    return _product("rv,vd->rd", policy_table.dtype, by_product, policy_table)
 
 
 def _backward(plan, residuals, cotangents):
@@ -120,30 +142,105 @@ def _backward(plan, residuals, cotangents):
     weights["log_prob"] = weights["log_prob"] + weights.pop("log_ratio")
     weights = {name: weights[name] for name in plan.differentiate}
     if plan.train_table:
-        return *_by_policy_and_table(plan, residuals, weights), None, None, None
+        return *_by_policy_and_table(plan, residuals, weights), None, None, None, None
     by_policy = [weight[..., None] * residuals[name] for name, weight in weights.items()]
-    return sum(by_policy) if by_policy else None, None, None, None, None
+    return sum(by_policy) if by_policy else None, None, None, None, None, None
 
 
 def _by_policy_and_table(plan, inputs, weights):
     """Gradients of the weighted sum of terms with respect to hidden states [p, r, d] and table [v, d]."""
-    policy, policy_table, base, base_table, action = inputs
+    policy, policy_table, base, base_table, action, used = inputs
 
-    def part(by_table, rows):
-        weights, *rows = rows
-        logits, terms_of = _part(plan, policy_table, base_table, *rows)
+    def read(by_table, weights, *rows):
+        product, terms_of = _part(plan, policy_table, base_table, *rows)
 
         def weighted(z):
             terms = terms_of(z)._asdict()
             return sum(((weight * terms[name]).sum() for name, weight in weights.items()), jnp.zeros(()))
 
-        by_logits = jax.grad(weighted)(logits)
-        by_table += _product("rv,rd->vd", policy_table.dtype, by_logits, rows[0]) * plan.scale
-        return by_table, _by_policy(plan, by_logits, policy_table)
+        by_product = jax.grad(weighted)(product)
+        by_table += _product("rv,rd->vd", policy_table.dtype, by_product, rows[0])
+        return by_table, _by_policy(by_product, policy_table)
+
+    def part(by_table, xs):
+        index, weights, *rows = xs
+        nothing = lambda by_table, weights, policy, *_: (by_table, jnp.zeros_like(policy))  # noqa: E731
+        return jax.lax.cond(index < used, read, nothing, by_table, weights, *rows)
 
     zeros = jnp.zeros(policy_table.shape, jnp.float32)
-    by_table, by_policy = jax.lax.scan(part, zeros, (weights, policy, base, action))
+    by_table, by_policy = jax.lax.scan(part, zeros, (jnp.arange(len(policy)), weights, policy, base, action))
     return by_policy, by_table.astype(policy_table.dtype)
 
 
 _terms.defvjp(_forward, _backward)
+
+
+def chunked_loss(loss: Callable, policy: Float[Array, "p r d"], policy_table: Float[Array, "v d"],
+                 base: Float[Array, "p r d"], base_table: Float[Array, "v d"], action: Int[Array, "p r"], given, shared,
+                 *, relative: bool, together: int, train_table: bool = False, forward: bool = False,
+                 scale: float = 1.0, cap: float | None = None, used: Int[Array, ""] | None = None
+                 ) -> tuple[Float[Array, ""], TokenTerms]:
+    r"""The sum of loss(terms, given, shared) over all tokens, and their `token_terms` [p, r], which are constants.
+
+    The loss of a token may depend on nothing but its own terms, so its derivative by the logits is formed while they
+    are there: each of the four matrix products (logits of policy and base, gradients of hidden states and table) is
+    done once, where `chunked_terms` has to compute logits twice.
+
+    Args:
+        loss: from `TokenTerms` of scalars, one token's entry of `given` and `shared` to a scalar.
+        given: a pytree of [p, r]; `shared`: a pytree. Both are constants.
+        together: the derivatives by the logits of so many parts, [together, r, v], are multiplied with hidden states
+            and table at once; p is a multiple.
+        forward: whether D(beta || pi) is among the terms.
+        used: only the first so many parts are computed, the others are zero; None: all.
+        others: as of `chunked_terms`.
+    """
+    plan = _Plan(relative, train_table, ("forward_kl",) * forward, scale, cap)
+    used = jnp.int32(len(action)) if used is None else used
+    return _loss(plan, loss, together, policy.astype(jnp.float32), policy_table, jax.lax.stop_gradient(base),
+                 jax.lax.stop_gradient(base_table), action, given, shared, used)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _loss(plan, loss, together, policy, policy_table, base, base_table, action, given, shared, used):
+    def part(policy, base, action, given):
+        product, terms_of = _part(plan, policy_table, base_table, policy, base, action)
+        terms = terms_of(product)
+        return jax.vmap(partial(loss, shared=shared))(terms, given).sum(), terms
+
+    losses, terms = _over_parts(part, used, policy, base, action, given)
+    return losses.sum(), terms
+
+
+def _loss_forward(plan, loss, together, policy, policy_table, base, base_table, action, given, shared, used):
+    def part(policy, base, action, given):
+        product, terms_of = _part(plan, policy_table, base_table, policy, base, action)
+
+        def total(product):
+            terms = terms_of(product)
+            return jax.vmap(partial(loss, shared=shared))(terms, given).sum(), terms
+
+        (value, terms), by_product = jax.value_and_grad(total, has_aux=True)(product)
+        return by_product, value, terms
+
+    def group(by_table, xs):
+        index, rows = xs
+        by_product, values, terms = _over_parts(part, used - index * together, *rows)
+        if plan.train_table:
+            by_table += _product("prv,prd->vd", policy_table.dtype, by_product, rows[0])
+        return by_table, (values.sum(), terms, _product("prv,vd->prd", policy_table.dtype, by_product, policy_table))
+
+    groups = len(action) // together
+    rows = jax.tree.map(lambda x: x.reshape(groups, together, *x.shape[1:]), (policy, base, action, given))
+    by_table = jnp.zeros(policy_table.shape if plan.train_table else (), jnp.float32)
+    by_table, (values, *others) = jax.lax.scan(group, by_table, (jnp.arange(groups), rows))
+    terms, by_policy = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), others)
+    return (values.sum(), terms), (by_policy, by_table.astype(policy_table.dtype) if plan.train_table else None)
+
+
+def _loss_backward(plan, loss, together, residuals, cotangents):
+    by_inputs = jax.tree.map(lambda x: cotangents[0].astype(x.dtype) * x, residuals)
+    return *by_inputs, *[None] * 6
+
+
+_loss.defvjp(_loss_forward, _loss_backward)

@@ -5,8 +5,7 @@ Parameters are a pytree {"embed": [v, d], "layers": {... each [layers, ...]}, "n
 "positions" [p, d] where positions are learned and "unembed" [v, d] where the embeddings are not tied. An adapter is a
 tree {"query": {"a": [layers, m, d, r], "b": [layers, m, r, o]}, ...} of low-rank changes to some of the layers'
 matrices; it is another tree, so that the base is the same parameters with the adapter left out. The KV cache is a tuple
-of (key, value) per layer, each [b, k, s, f]: per layer, so that writing one token updates a buffer in place instead of
-re-stacking all layers.
+of a `LayerCache`: per layer, so that writing one token updates a buffer in place instead of re-stacking all layers.
 """
 from __future__ import annotations
 
@@ -16,10 +15,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from kl_reg.models.layers import ACTIVATIONS, Experts, Linear, Norm, Rope, attend, rotate
+from kl_reg.models.layers import ACTIVATIONS, Experts, Linear, Norm, Rope, Source, Stored, attend, rotate, store
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +57,13 @@ class DecoderConfig:
     embed_scale: float | None = None        # of embeddings, rounded to the dtype
     tied: bool = True
     dtype: str = "float32"
+    cache: str = ""                         # dtype of cached keys and values: "", as the others, "bfloat16" or "int8"
+    remat: str = ""                         # what a gradient recomputes, of REMATS; "": nothing
+
+
+REMATS = {"": None, "layers": None, "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+"""What a backward pass finds of each layer: "": everything; "layers": its input alone; "products": also the results of
+its matrix products, so that no product but those of attention is computed again."""
 
 
 class Block(nn.Module):
@@ -85,33 +92,28 @@ class Block(nn.Module):
             self.up = Linear(c.mlp_width, dtype, c.mlp_bias)
             self.down = Linear(c.width, dtype, c.mlp_bias, residual)
 
-    def __call__(self, x, angles, mask, cache, index):
-        """One layer over x [b, t, d]; writes its keys and values into `cache` at slot `index` where one is given."""
+    def __call__(self, x, look):
+        """One layer over tokens x [n, d]. `look` knows which token sees which: it turns queries [n, h, f], keys and
+        values [n, k, f] into what they attend to, [n, h * f], and something to return beside the layer's output."""
         c = self.config
-        attended, cache = self._attention(self.attention_norm(x) if c.pre_norm else x, angles, mask, cache, index)
+        attended, beside = self._attention(self.attention_norm(x) if c.pre_norm else x, look)
         if c.post_norm:
             attended = self.attention_post_norm(attended)
         seen = x if c.parallel else x + attended
         y = self._mlp(self.mlp_norm(seen) if c.pre_norm else seen)
-        return x + attended + (self.mlp_post_norm(y) if c.post_norm else y), cache
+        return x + attended + (self.mlp_post_norm(y) if c.post_norm else y), beside
 
-    def _attention(self, x, angles, mask, cache, index):
+    def _attention(self, x, look):
         c = self.config
-        split = lambda y: y.reshape(*y.shape[:2], -1, c.head_width)  # noqa: E731
+        split = lambda y: y.reshape(len(y), -1, c.head_width)  # noqa: E731
         query, key = self.query(x), self.key(x)
         if c.qk_norm == "all":
             query, key = self.query_norm(query), self.key_norm(key)
         query, key, value = split(query), split(key), split(self.value(x))
         if c.qk_norm == "head":
             query, key = self.query_norm(query), self.key_norm(key)
-        query, key, value = (y.transpose(0, 2, 1, 3) for y in (query, key, value))
-        if angles is not None:
-            query, key = rotate(query, *angles), rotate(key, *angles)
-        if cache is not None:
-            key, value = (jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), index, axis=2)
-                          for old, new in zip(cache, (key, value), strict=True))
-        scale = c.head_width**-0.5 if c.score_scale is None else c.score_scale
-        return self.out(attend(query, key, value, mask, scale, c.score_cap)), (key, value)
+        attended, beside = look(query, key, value)
+        return self.out(attended), beside
 
     def _mlp(self, x):
         if self.config.experts:
@@ -130,9 +132,8 @@ class Hidden(NamedTuple):
 def init(config: DecoderConfig, key: Array) -> dict:
     """Random parameters, float32."""
     keys = jax.random.split(key, 3)
-    x, position = jnp.zeros((1, 1, config.width)), jnp.zeros((1, 1), jnp.int32)
-    angles, one = _angles(config, position)[0], jnp.ones((1, 1, 1), bool)
-    block = lambda k: Block(config).init(k, x, angles, one, None, 0)["params"]  # noqa: E731
+    x = jnp.zeros((1, config.width))
+    block = lambda k: Block(config).init(k, x, lambda query, *_: (query.reshape(1, -1), ()))["params"]  # noqa: E731
     table = lambda k, rows: 0.02 * jax.random.normal(k, (rows, config.width))  # noqa: E731
     params = {"embed": table(keys[0], config.vocab),
               "layers": jax.vmap(block)(jax.random.split(keys[1], config.layers)),
@@ -147,16 +148,20 @@ def unembedding(params: dict) -> Float[Array, "v d"]:
     return params["unembed"] if "unembed" in params else params["embed"]
 
 
-def unembed(params: dict, hidden: Float[Array, "... d"]) -> Float[Array, "... v"]:
+def unembed(table: Float[Array, "v d"], hidden: Float[Array, "... d"]) -> Float[Array, "... v"]:
     """The linear part of the logits, float32."""
-    return jnp.einsum("...d,vd->...v", hidden, unembedding(params), preferred_element_type=jnp.float32,
+    return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32,
                       precision="highest")      # float32 stays float32 where the hardware has a coarser default
+
+
+def capped(config: DecoderConfig, raw: Float[Array, "... v"]) -> Float[Array, "... v"]:
+    """Logits of their linear part."""
+    return raw if config.logit_cap is None else config.logit_cap * jnp.tanh(raw / config.logit_cap)
 
 
 def logits(config: DecoderConfig, params: dict, hidden: Float[Array, "... d"]) -> Float[Array, "... v"]:
     """Logits of final hidden states, float32."""
-    raw = unembed(params, hidden)
-    return raw if config.logit_cap is None else config.logit_cap * jnp.tanh(raw / config.logit_cap)
+    return capped(config, unembed(unembedding(params), hidden))
 
 
 def _embed(config, params, tokens, positions):
@@ -174,11 +179,11 @@ def _angles(config, positions):
     return plain, plain if config.local_rope is None else config.local_rope.angles(positions)
 
 
-def _masks(config, query, key, start):
-    """Which slots a query looks at, [b, t, s]: in layers that see everything, and in local ones."""
+def _mask(config, query, key, start, local):
+    """Which slots `key` [s] the slots `query` [t] of each row look at, [b, t, s]; `local`: whether in local layers."""
     behind = query[:, None] - key[None]
     mask = (behind >= 0)[None] & (key[None] >= start[:, None])[:, None]
-    return mask, mask & (behind < config.window)[None]
+    return mask & (behind < config.window)[None] if local else mask
 
 
 def _finish(config, params, layers_out, features):
@@ -189,8 +194,33 @@ def _finish(config, params, layers_out, features):
     return Hidden(last, jnp.concatenate([*plain, last], axis=-1) if features else last[..., :0])
 
 
+def _heads(x, rows):
+    """[n, h, f] -> [rows, h, t, f]."""
+    return x.reshape(rows, -1, *x.shape[1:]).swapaxes(1, 2)
+
+
+def _attend(config, query, sources):
+    scale = config.head_width**-0.5 if config.score_scale is None else config.score_scale
+    return attend(query, sources, scale, config.score_cap)
+
+
+class _Section(NamedTuple):
+    """Some rows' tokens [b, t] in the slots from `first` on. They see their own row and, of the sections before, what
+    each row of those has in common with as many rows in a row."""
+
+    tokens: Array
+    start: Array
+    first: int
+
+    def slots(self):
+        return self.first + jnp.arange(self.tokens.shape[1])
+
+    def positions(self):
+        return self.slots()[None] - self.start[:, None]
+
+
 def forward(config: DecoderConfig, params: dict, tokens: Int[Array, "b t"], start: Int[Array, " b"],
-            features: int = 0, adapter: dict | None = None) -> Hidden:
+            features: int = 0, adapter: dict | None = None, group: int = 1, shared: int = 0) -> Hidden:
     """Whole sequences, left-padded up to `start`; no cache. Layers are scanned.
 
     Args:
@@ -198,53 +228,117 @@ def forward(config: DecoderConfig, params: dict, tokens: Int[Array, "b t"], star
         start: first real slot of each row.
         features: number of last layers whose (normalised) output is returned beside the final hidden state.
         adapter: of m members, whose rows stand one after the other in b.
+        group, shared: the first `shared` slots are the same in `group` rows in a row, and are read once for them. With
+            an adapter of several members nothing can be shared.
     """
-    hidden, _ = _scan(config, params, tokens, start, features, adapter)
-    return hidden
+    if group == 1 or not shared:
+        hidden, _ = _scan(config, params, (_Section(tokens, start, 0),), features, adapter)
+        return hidden[0]
+    prefix = _Section(tokens[::group, :shared], start[::group], 0)
+    (common, own), _ = _scan(config, params, (prefix, _Section(tokens[:, shared:], start, shared)), features, adapter)
+    return jax.tree.map(lambda x, y: jnp.concatenate([jnp.repeat(x, group, axis=0), y], axis=1), common, own)
+
+
+class LayerCache(NamedTuple):
+    """Keys and values of one layer: of the prompts [b / group, k, p, f], and of the slots behind them [b, k, s, f]."""
+
+    prompt_key: Stored
+    prompt_value: Stored
+    key: Stored
+    value: Stored
 
 
 def prefill(config: DecoderConfig, params: dict, tokens: Int[Array, "b t"], start: Int[Array, " b"], slots: int,
-            features: int = 0, adapter: dict | None = None) -> tuple[Hidden, tuple]:
-    """`forward`, and the cache of `slots` slots with the first t of them filled."""
-    hidden, (keys, values) = _scan(config, params, tokens, start, features, adapter)
-    pad = [(0, 0), (0, 0), (0, slots - tokens.shape[1]), (0, 0)]
-    return hidden, tuple((jnp.pad(keys[i], pad), jnp.pad(values[i], pad)) for i in range(config.layers))
+            features: int = 0, adapter: dict | None = None, group: int = 1) -> tuple[Hidden, tuple[LayerCache, ...]]:
+    """`forward`, and a cache of `slots` slots for `group` rows behind each of the prompts, its first t slots filled."""
+    (hidden,), kept = _scan(config, params, (_Section(tokens, start, 0),), features, adapter, keep=True)
+    rows, empty = len(tokens) * group, (config.kv_heads, slots - tokens.shape[1], config.head_width)
+
+    def layer(i):
+        prompt = [store(x[i], config.cache) for x in kept]
+        return LayerCache(*prompt, *(store(jnp.zeros((rows, *empty), config.dtype), config.cache) for _ in prompt))
+
+    return hidden, tuple(layer(i) for i in range(config.layers))
 
 
-def _scan(config, params, tokens, start, features, adapter):
-    slot = jnp.arange(tokens.shape[1])
-    positions = slot[None] - start[:, None]
-    angles, masks = _angles(config, positions), _masks(config, slot, slot, start)
-    keep = max(features, 1)
+def _scan(config, params, sections, features, adapter, keep=False):
+    """Hidden states of each section; with `keep`, keys and values [layers, ...] of the first one."""
+    angles = [_angles(config, section.positions()) for section in sections]
+    masks = [[[_mask(config, late.slots(), early.slots(), late.start, local) for early in sections[:i + 1]]
+              for i, late in enumerate(sections)] for local in (False, True)]
+    tail = max(features, 1)
+
+    def look(local, query, key, value):
+        choose = lambda both: jax.tree.map(  # noqa: E731
+            lambda a, b: a if local is None else jnp.where(local, b, a), *both)
+        seen, chosen, outs = [], choose(masks), []
+        cuts = np.cumsum([section.tokens.size for section in sections])[:-1]
+        parts = zip(*(jnp.split(x, cuts) for x in (query, key, value)), strict=True)
+        for section, own, mask, part in zip(sections, angles, chosen, parts, strict=True):
+            rows, turned = len(section.tokens), choose(own)
+            q, k, v = (_heads(x, rows) for x in part)
+            if turned is not None:
+                q, k = rotate(q, *turned), rotate(k, *turned)
+            seen.append((Stored(k), Stored(v)))
+            out = _attend(config, q, [Source(*both, m) for both, m in zip(seen, mask, strict=True)])
+            outs.append(out.reshape(-1, out.shape[-1]))
+        return jnp.concatenate(outs), (seen[0][0].values, seen[0][1].values) if keep else ()
 
     def layer(carry, xs):
-        (x, tail), (variables, local) = carry, xs
-        seen = tuple(jax.tree.map(lambda a, b: a if local is None else jnp.where(local, b, a), *both)
-                     for both in (angles, masks))
-        x, cache = Block(config).apply(variables, x, *seen, None, 0)
-        return (x, (*tail[1:], x)), cache
+        (x, outs), (variables, local) = carry, xs
+        x, beside = Block(config).apply(variables, x, partial(look, local))
+        return (x, (*outs[1:], x)), beside
 
-    x = _embed(config, params, tokens, positions)
+    if config.remat:
+        layer = jax.checkpoint(layer, prevent_cse=False, policy=REMATS[config.remat])
+    embedded = [_embed(config, params, section.tokens, section.positions()) for section in sections]
+    x = jnp.concatenate([part.reshape(-1, config.width) for part in embedded])
     xs = ({"params": params["layers"], "adapter": adapter or {}}, jnp.array(config.local) if config.local else None)
-    (_, tail), cache = jax.lax.scan(layer, (x, (x,) * keep), xs)
-    return _finish(config, params, tail, features), cache
+    (_, outs), beside = jax.lax.scan(layer, (x, (x,) * tail), xs)
+    hidden, shapes = _finish(config, params, outs, features), [section.tokens.shape for section in sections]
+    cuts = np.cumsum([rows * count for rows, count in shapes])[:-1]
+    parts = jax.tree.transpose(jax.tree.structure(hidden), None, jax.tree.map(lambda y: jnp.split(y, cuts), hidden))
+    return [jax.tree.map(lambda y, shape=shape: y.reshape(*shape, -1), part)
+            for part, shape in zip(parts, shapes, strict=True)], beside
+
+
+def apart(params: dict) -> dict:
+    """The parameters with a copy of each layer's by itself, as a tuple. Many calls of `decode` take a copy that is made
+    before them: a slice of a stack is copied each time."""
+    count = len(jax.tree.leaves(params["layers"])[0])
+    return params | {"layers": tuple(jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(count))}
 
 
 def decode(config: DecoderConfig, params: dict, token: Int[Array, " b"], start: Int[Array, " b"],
-           index: Int[Array, ""], cache: tuple, features: int = 0, adapter: dict | None = None) -> tuple[Hidden, tuple]:
-    """One token at slot `index`, the same for all rows. Layers are unrolled and the cache is updated in place.
+           index: Int[Array, ""], cache: tuple[LayerCache, ...], features: int = 0, adapter: dict | None = None
+           ) -> tuple[Hidden, tuple[LayerCache, ...]]:
+    """One token at slot `index`, the same for all rows and behind the prompts. Layers are unrolled and the cache is
+    updated in place.
 
     Returns:
         Hidden states with t = 1 removed ([b, d] and [b, n * d]) and the cache.
     """
-    slot, positions = jnp.arange(cache[0][0].shape[2]), (index - start)[:, None]
-    angles, masks = _angles(config, positions), _masks(config, index[None], slot, start)
-    x, outs, new = _embed(config, params, token[:, None], positions), [], []
-    for i, layer_cache in enumerate(cache):
+    prompt, slots = cache[0].prompt_key.values.shape[2], cache[0].key.values.shape[2]
+    places, positions = (jnp.arange(prompt), prompt + jnp.arange(slots)), (index - start)[:, None]
+    angles = _angles(config, positions)
+    masks = [[_mask(config, index[None], place, start, local) for place in places] for local in (False, True)]
+
+    def look(old, local, query, key, value):
+        query, key, value = (_heads(x, len(token)) for x in (query, key, value))
+        if angles[local] is not None:
+            query, key = rotate(query, *angles[local]), rotate(key, *angles[local])
+        key, value = (jax.tree.map(lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, index - prompt, axis=2),
+                                   kept, store(new, config.cache))
+                      for kept, new in ((old.key, key), (old.value, value)))
+        sources = [Source(old.prompt_key, old.prompt_value, masks[local][0]), Source(key, value, masks[local][1])]
+        return _attend(config, query, sources)[:, 0], old._replace(key=key, value=value)
+
+    x, outs, new = _embed(config, params, token[:, None], positions)[:, 0], [], []
+    layers = params["layers"] if isinstance(params["layers"], tuple) else apart(params)["layers"]
+    for i, old in enumerate(cache):
         local = bool(config.local) and config.local[i]
-        variables = jax.tree.map(lambda p, i=i: p[i], {"params": params["layers"], "adapter": adapter or {}})
-        x, layer_cache = Block(config).apply(variables, x, angles[local], masks[local], layer_cache, index)
+        variables = {"params": layers[i], "adapter": jax.tree.map(lambda p, i=i: p[i], adapter or {})}
+        x, old = Block(config).apply(variables, x, partial(look, old, local))
         outs.append(x)
-        new.append(layer_cache)
-    hidden = _finish(config, params, outs, features)
-    return Hidden(hidden.last[:, 0], hidden.features[:, 0]), tuple(new)
+        new.append(old)
+    return _finish(config, params, outs, features), tuple(new)

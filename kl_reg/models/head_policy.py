@@ -24,8 +24,12 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
 import torch
+import transformers
+from packaging.version import Version
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, DynamicCache
+
+_CACHE = "cache" if Version(transformers.__version__) >= Version("5.24") else "past_key_values"     # renamed there
 
 
 class HeadPolicy(torch.nn.Module):
@@ -44,8 +48,7 @@ class HeadPolicy(torch.nn.Module):
         """Logits [b, t, v], float32, of the token behind each of `tokens` [b, t] (no padding). With a `cache` they
         continue what it holds, and it grows by them."""
         before = 0 if cache is None else cache.get_seq_length()
-        out = self.base(input_ids=tokens, past_key_values=cache, use_cache=cache is not None,
-                        output_hidden_states=True)
+        out = self.base(input_ids=tokens, use_cache=cache is not None, output_hidden_states=True, **{_CACHE: cache})
         norm, states = self.base.get_submodule(self.settings["norm"]), out.hidden_states
         layers = [*(norm(x) for x in states[-self.settings["layers"]:-1]), states[-1]]      # which went through it
         features = torch.cat(layers, dim=-1).float()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -209,14 +209,35 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1).astype(kind)
 
 
-def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, scale: float, cap: float | None
-           ) -> jax.Array:
-    """Grouped-query attention, softmax in float32.
+class Stored(NamedTuple):
+    """Keys or values [b, k, s, f] as a cache keeps them: x = values * scale, or the values themselves (None)."""
+
+    values: jax.Array
+    scale: jax.Array | None = None      # [b, k, s]
+
+
+def store(x: jax.Array, dtype: str) -> Stored:
+    """x [b, k, s, f] in that dtype; "": as it is. "int8": each head's vector has a scale of its own, max |x| / 127."""
+    if dtype != "int8":
+        return Stored(x.astype(dtype or x.dtype))
+    scale = jnp.maximum(jnp.abs(x).max(-1), 1e-30).astype(jnp.float32) / 127
+    return Stored(jnp.round(x / scale[..., None]).astype(jnp.int8), scale)
+
+
+class Source(NamedTuple):
+    """Keys and values that queries of b rows look at where `mask` [b, t, s] is True. They may be of fewer rows: then
+    each is what b / rows queries' rows in a row have in common."""
+
+    key: Stored
+    value: Stored
+    mask: jax.Array
+
+
+def attend(query: jax.Array, sources: Sequence[Source], scale: float, cap: float | None) -> jax.Array:
+    """Grouped-query attention to all sources together, softmax in float32.
 
     Args:
-        query: [b, h, t, f].
-        key, value: [b, k, s, f]; h is a multiple of k.
-        mask: bool [b, t, s], True where a query may look.
+        query: [b, h, t, f]; h is a multiple of the sources' k.
         scale: of the scores.
         cap: scores become cap * tanh(score / cap), or stay as they are (None).
 
@@ -224,13 +245,44 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, 
         [b, t, h * f].
     """
     b, h, t, f = query.shape
-    k = key.shape[1]
-    query = query.reshape(b, k, h // k * t, f)
-    scores = jnp.einsum("bkqf,bksf->bkqs", query, key, preferred_element_type=jnp.float32) * scale
+    kv_heads = sources[0].key.values.shape[1]
+    query = query.reshape(b, kv_heads, h // kv_heads, t, f)
+    scores = jnp.concatenate([_scores(query, source.key) for source in sources], axis=-1) * scale
     if cap is not None:
         scores = cap * jnp.tanh(scores / cap)
-    scores = scores.reshape(b, k, h // k, t, -1)
-    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    out = jnp.einsum("bkqs,bksf->bkqf", weights.reshape(b, k, h // k * t, -1), value)
+    mask = jnp.concatenate([source.mask for source in sources], axis=-1)[:, None, None]
+    weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min), axis=-1)
+    ends = np.cumsum([source.mask.shape[-1] for source in sources])[:-1]
+    parts = zip(jnp.split(weights, ends, axis=-1), sources, strict=True)
+    out = sum(_weighted(part, source.value, query.dtype) for part, source in parts)
     return out.reshape(b, h, t, f).transpose(0, 2, 1, 3).reshape(b, t, h * f)
+
+
+def _by_source(x, rows):
+    """[b, k, r, t, ...] -> [rows, k, q, ...]: all queries that look at the same keys."""
+    b, k, r, t = x.shape[:4]
+    return x.reshape(rows, b // rows, k, r, t, -1).swapaxes(1, 2).reshape(rows, k, b // rows * r * t, -1)
+
+
+def _by_query(x, b, r):
+    """Back again."""
+    rows, k, q, last = x.shape
+    return x.reshape(rows, k, b // rows, r, -1, last).swapaxes(1, 2).reshape(b, k, r, -1, last)
+
+
+def _scores(query, key):
+    """[b, k, r, t, s] of queries [b, k, r, t, f]."""
+    same = _by_source(query, len(key.values))
+    scores = jnp.einsum("bkqf,bksf->bkqs", same, key.values.astype(query.dtype), preferred_element_type=jnp.float32)
+    if key.scale is not None:
+        scores *= key.scale[:, :, None]
+    return _by_query(scores, len(query), query.shape[2])
+
+
+def _weighted(weights, value, dtype):
+    """The values' sums [b, k, r, t, f], with weights [b, k, r, t, s]."""
+    same = _by_source(weights, len(value.values))
+    if value.scale is not None:
+        same *= value.scale[:, :, None]
+    out = jnp.einsum("bkqs,bksf->bkqf", same.astype(dtype), value.values.astype(dtype))
+    return _by_query(out, len(weights), weights.shape[2])

@@ -40,8 +40,10 @@ class Reference(NamedTuple):
     """Pure functions; all but `prefill`, `decode` and `observe` are of one member.
 
     init(params) -> memory; update(memory, params, iteration) -> memory.
-    prefill(memory, frozen, opening [m, b, p], start [m, b], slots) -> state, its last token not yet decoded.
+    prefill(memory, frozen, opening [m, g, p], start [m, g], slots, group) -> state of `group` episodes behind each
+        opening, whose last token is not yet decoded.
     decode(memory, frozen, token [m, b], start, index, state) -> (features [m, b, ...], state).
+    apart(memory, frozen.reference) -> the same as `decode` reads them the fastest.
     observe(state, measure, token [m, b]) -> state, with what the token says of the models.
     read(memory, frozen, features [...], seen [...], situation, reading) -> Measure; `features` are the policy's, `seen`
     what decode gave.
@@ -53,6 +55,7 @@ class Reference(NamedTuple):
     update: Callable
     prefill: Callable
     decode: Callable
+    apart: Callable
     observe: Callable
     read: Callable
 
@@ -63,6 +66,10 @@ def _forget(*args):
 
 def _keep(memory, params, iteration):
     return memory
+
+
+def _as_they_are(memory, own):
+    return memory, own
 
 
 def _unmoved(state, measure, token):
@@ -76,7 +83,8 @@ def base(settings: ConfigDict, policy: Policy, sampling: Sampling, start) -> Ref
         log_probs = jax.nn.log_softmax(reading.base_logits / sampling.temperature)
         return Measure(log_probs, reading.gap / sampling.temperature, jnp.zeros(log_probs.shape[:-1]), None)
 
-    return Reference(True, True, _forget, _keep, _forget, lambda *args: ((), ()), _unmoved, read)
+    return Reference(True, True, _forget, _keep, _forget, lambda *args: ((), ()), _as_they_are,
+                     _unmoved, read)
 
 
 def _follower(policy, sampling, init, update) -> Reference:
@@ -84,8 +92,8 @@ def _follower(policy, sampling, init, update) -> Reference:
     """
     free = lambda situation: situation._replace(remaining=jnp.full_like(situation.remaining, jnp.inf))  # noqa: E731
 
-    def prefill(memory, frozen, opening, start, slots):
-        return () if policy.shared else policy.prefill(memory, frozen.base, opening[..., :-1], start, slots)
+    def prefill(memory, frozen, opening, start, slots, group=1):
+        return () if policy.shared else policy.prefill(memory, frozen.base, opening[..., :-1], start, slots, group)
 
     def decode(memory, frozen, token, start, index, state):
         return ((), ()) if policy.shared else policy.decode(memory, frozen.base, token, start, index, state)
@@ -97,7 +105,10 @@ def _follower(policy, sampling, init, update) -> Reference:
         gap = (reading.gap - other.gap) / sampling.temperature
         return Measure(log_probs, gap, jnp.zeros(log_probs.shape[:-1]), None)
 
-    return Reference(True, False, init, update, prefill, decode, _unmoved, read)
+    def apart(memory, own):
+        return memory if policy.shared else policy.apart(memory), own
+
+    return Reference(True, False, init, update, prefill, decode, apart, _unmoved, read)
 
 
 def ema(settings: ConfigDict, policy: Policy, sampling: Sampling, start) -> Reference:
@@ -165,8 +176,9 @@ def _models(settings, policy, sampling, proper, combine) -> Reference:
             update = jax.vmap(update)
         return update(log_weights, likelihood)
 
-    def prefill(memory, frozen, opening, start, slots):
-        run = over_models(lambda params: decoder.prefill(config, params, flat(opening[..., :-1]), flat(start), slots))
+    def prefill(memory, frozen, opening, start, slots, group=1):
+        run = over_models(lambda params: decoder.prefill(config, params, flat(opening[..., :-1]), flat(start), slots,
+                                                         group=group))
         hidden, caches = run(frozen.reference)
 
         def position(log_weights, xs):
@@ -179,7 +191,7 @@ def _models(settings, policy, sampling, proper, combine) -> Reference:
 
         xs = (jnp.arange(opening.shape[-1] - 1), jnp.moveaxis(hidden.last, 2, 0), jnp.moveaxis(opening, 2, 0)[1:])
         even = jnp.full((*start.shape, count), -math.log(count), jnp.float32)
-        return caches, jax.lax.scan(position, even, xs)[0]
+        return caches, jnp.repeat(jax.lax.scan(position, even, xs)[0], group, axis=1)
 
     def decode(memory, frozen, token, start, index, state):
         caches, log_weights = state
@@ -206,7 +218,10 @@ def _models(settings, policy, sampling, proper, combine) -> Reference:
             gap = reading.base_logits / sampling.temperature + gap - semi.log_probs
         return Measure(semi.log_probs, gap, -semi.log_mass, models)
 
-    return Reference(proper, False, _forget, _keep, prefill, decode, observe, read)
+    def apart(memory, own):
+        return memory, jax.vmap(decoder.apart)(own)
+
+    return Reference(proper, False, _forget, _keep, prefill, decode, apart, observe, read)
 
 
 for _name, _kind in (("base", base), ("ema", ema), ("sync", sync), ("checkpoint", checkpoint), ("mixture", mixture),

@@ -11,14 +11,18 @@ from kl_reg.models.policy import Reading
 class Student(NamedTuple):
     """Pure functions over [m, b] episodes; `params` are its own, () for the base model.
 
-    prefill(params, tokens [m, b, t], start [m, b], slots) -> state: the cache.
+    prefill(params, tokens [m, g, t], start [m, g], slots, group) -> state: the cache of `group` episodes behind each.
     decode(params, token [m, b], start, index, state) -> (hidden states, state).
+    apart(params) -> params as `decode` reads them the fastest.
+    is_base: whether it is the base model.
     logits(params, hidden, reading) -> [m, b, v]; `reading` is what the policy's forward pass says.
     """
 
     prefill: Callable
     decode: Callable
+    apart: Callable
     logits: Callable
+    is_base: bool
 
 
 def base() -> Student:
@@ -26,15 +30,15 @@ def base() -> Student:
     def logits(params, hidden, reading: Reading):
         return reading.base_logits
 
-    return Student(lambda *args: (), lambda *args: ((), ()), logits)
+    return Student(lambda *args: (), lambda *args: ((), ()), lambda params: params, logits, True)
 
 
 def other(config: decoder.DecoderConfig) -> Student:
     """Another model, with a forward pass of its own."""
     flat = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
 
-    def prefill(params, tokens, start, slots):
-        return decoder.prefill(config, params, flat(tokens), flat(start), slots)[1]
+    def prefill(params, tokens, start, slots, group=1):
+        return decoder.prefill(config, params, flat(tokens), flat(start), slots, group=group)[1]
 
     def decode(params, token, start, index, cache):
         hidden, cache = decoder.decode(config, params, flat(token), flat(start), index, cache)
@@ -43,4 +47,4 @@ def other(config: decoder.DecoderConfig) -> Student:
     def logits(params, hidden, reading: Reading):
         return decoder.logits(config, params, hidden)
 
-    return Student(prefill, decode, logits)
+    return Student(prefill, decode, decoder.apart, logits, False)

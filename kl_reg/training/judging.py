@@ -9,6 +9,7 @@ import numpy as np
 from kl_reg import rewards
 from kl_reg.analysis.groups import kl_by_group
 from kl_reg.analysis.recorded import summarise
+from kl_reg.envs.environment import Reply
 from kl_reg.rewards import Reward, replies
 from kl_reg.types import Episodes
 
@@ -21,15 +22,18 @@ class Judges(NamedTuple):
 
 
 class Judgement(NamedTuple):
-    """Of one policy's batch: metrics, rewards of the agent stream [b, k] and returns [b], reward units."""
+    """Of one policy's batch: its turns, rewards of the agent stream [b, k] and returns [b], in reward units, and the
+    means of what else was asked."""
 
-    row: dict
+    turns: list[Reply]
     stream: np.ndarray
     returns: np.ndarray
+    row: dict
 
 
 def judge(program, judges: Judges, episodes: Episodes) -> Judgement:
-    """Reads the turns of a batch [b, ...], asks the reward functions and credits what they say.
+    """Reads the turns of a batch [b, ...], asks the reward functions and credits what they say. It looks at what was
+    said, not at the record.
 
     Raises:
         ValueError: a reward function raised, or gave something else than finite numbers.
@@ -39,12 +43,17 @@ def judge(program, judges: Judges, episodes: Episodes) -> Judgement:
         scores = rewards.score(judges.reward, turns)
         gold = rewards.score(judges.gold, turns) if judges.gold else None
     stream, returns = replies.credit(turns, scores.total, episodes.slot, episodes.mask)
-    row = {**summarise(episodes, turns, returns), **kl_by_group(episodes, program.groups)}
+    row = {}
     if len(scores.parts) > 1:
         row |= {f"reward/{name}": _mean(values) for name, values in scores.parts.items()}
     if gold:
         row["gold/return"] = float(replies.credit(turns, gold.total, episodes.slot, episodes.mask)[1].mean())
-    return Judgement(row, stream, returns)
+    return Judgement(turns, stream, returns, row)
+
+
+def describe(program, judged: Judgement, episodes: Episodes) -> dict:
+    """The metrics of a batch [b, ...] with its record."""
+    return {**summarise(episodes, judged.turns, judged.returns), **kl_by_group(episodes, program.groups), **judged.row}
 
 
 def _mean(values):

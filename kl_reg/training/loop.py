@@ -20,7 +20,7 @@ from kl_reg.analysis.recorded import ledger, objective
 from kl_reg.identity import digest_of, name_of
 from kl_reg.models import folders, quantize, weights
 from kl_reg.training import sweep
-from kl_reg.training.judging import Judges, judge
+from kl_reg.training.judging import Judges, describe, judge
 from kl_reg.types import Episodes
 
 _WINDOW = 5      # iterations that the best iterate is a mean over
@@ -72,7 +72,7 @@ def train(config: ConfigDict, reward_fn: Callable | Sequence[Callable] | None = 
     validation.validate(config)
     judges = Judges(rewards.build(config.reward) if reward_fn is None else rewards.of(reward_fn, weighted),
                     rewards.gold(config.reward))
-    inputs = [rewards.digest(reward) for reward in judges if reward]
+    judged = [rewards.digest(reward) for reward in judges if reward]
     if reward_fn is not None:
         config.reward.name, config.reward.weights = rewards.sources(judges.reward), weighted
     if loss_fn is not None:
@@ -83,14 +83,12 @@ def train(config: ConfigDict, reward_fn: Callable | Sequence[Callable] | None = 
         model, rounding = quantize.convert(model)
         print(f"model.quantize={config.model.quantize}: {rounding}")
     groups = sweep.plan(config, model, loss_fn)
-    base = folders.digest(model.folder)
     student = config.env.student_model
-    inputs = (base, *inputs, *(digest for group in groups for digest in group.digests), groups[0].program.env.digest,
-              folders.digest(folders.find(student)) if student else "",
-              *(digest_of(part) for group in groups for part in group.program.own_parts()))
-    resolved = {"config": json.loads(config.to_json()), "fingerprint": configs.fingerprint(config, *inputs),
-                "base": base, "references": {str(i): group.digests for group in groups for i in group.members},
-                "quantize": rounding and rounding.record()}
+    inputs = checkpoint.Inputs(
+        folders.digest(model.folder), judged, [list(group.digests) for group in groups], groups[0].program.env.digest,
+        folders.digest(folders.find(student)) if student else "",
+        [[digest_of(part) for part in group.program.own_parts()] for group in groups])
+    resolved = checkpoint.describe(config, inputs, [group.members for group in groups], rounding and rounding.record())
     checkpoint.claim(workdir, resolved)
     states = [group.run.init(model.params, group.seeds, group.hyper) for group in groups]
     saved = checkpoint.Checkpoints(workdir / "checkpoints", resolved, config.checkpoint.keep)
@@ -161,7 +159,7 @@ def _iteration(groups, states, judges, worker):
 
 
 class _Batch(NamedTuple):
-    """Episodes on the device; `judged`: the same on the host, without features, and each member's judgement."""
+    """Episodes on the device; `judged`: each member's judgement."""
 
     episodes: Episodes
     judged: Future
@@ -169,27 +167,27 @@ class _Batch(NamedTuple):
 
 def _sample(group, state, judges, worker):
     keys, first = rollout.member_keys(state.seed, state.iteration), jnp.zeros(len(group.members), jnp.int32)
-    size = jnp.int32(group.program.group)
     with jax.transfer_guard("disallow"):        # what moves between host and device is said here
-        episodes = group.run.sample(state.params, state.reference, group.hyper, group.frozen, keys, first, size)
+        episodes = group.run.draw(state.params, state.reference, group.hyper, group.frozen, keys, first,
+                                    group.program.group)
     return _Batch(episodes, worker.submit(_judge, group, judges, episodes))
 
 
 def _judge(group, judges, episodes):
     with jax.transfer_guard("disallow"):
         recorded = _fetch(episodes)
-        return recorded, [judge(group.program, judges, jax.tree.map(lambda x, i=i: x[i], recorded))
-                          for i in range(len(group.members))]
+        return [judge(group.program, judges, jax.tree.map(lambda x, i=i: x[i], recorded))
+                for i in range(len(group.members))]
 
 
 def _update(group, state, batch):
     """The group's new state, and metrics by member."""
-    recorded, judged = batch.judged.result()
+    judged = batch.judged.result()
     with jax.transfer_guard("disallow"):
         stream = jax.device_put(np.stack([own.stream for own in judged]))
-        state, parts, extreme = group.run.update(state, group.hyper, group.frozen, batch.episodes, stream)
-        parts, extreme = jax.device_get((parts, extreme))
-    rows = [own.row for own in judged]
+        state, parts, extreme, episodes = group.run.update(state, group.hyper, group.frozen, batch.episodes, stream)
+        parts, extreme, recorded = jax.device_get((parts, extreme, episodes))
+    rows = [describe(group.program, own, jax.tree.map(lambda x, i=i: x[i], recorded)) for i, own in enumerate(judged)]
     for i, row in enumerate(rows):
         row.update({name: float(value[i]) for name, value in parts.items()})
         bad = [name for name, value in row.items() if value is not None and not np.isfinite(value)]
@@ -239,7 +237,7 @@ def _sample_parts(config, group, state, count):
     """`count` episodes of each member [m, count, ...], in batches of the size that training compiled."""
     size, members = group.program.episodes, len(group.members)
     parts = [_fetch(group.run.sample(state.params, state.reference, group.hyper, group.frozen, _keys(config, members),
-                                     jnp.full(members, first, jnp.int32), jnp.int32(1)))
+                                     jnp.full(members, first, jnp.int32)))
              for first in range(0, count, size)]
     return jax.tree.map(lambda *x: np.concatenate(x, axis=1)[:, :count], *parts)
 
@@ -249,7 +247,7 @@ def _sample_base(config, group, base, count):
     size, members = group.program.episodes, len(group.members)
     fresh = group.run.init(base, group.seeds, group.hyper)
     parts = [_fetch(group.run.sample(fresh.params, fresh.reference, group.hyper, group.frozen, _keys(config, members),
-                                     jnp.arange(first, first + members * size, size, dtype=jnp.int32), jnp.int32(1)))
+                                     jnp.arange(first, first + members * size, size, dtype=jnp.int32)))
              for first in range(0, count, members * size)]
     return jax.tree.map(lambda *x: np.concatenate([part.reshape(-1, *part.shape[2:]) for part in x])[:count], *parts)
 
@@ -260,7 +258,8 @@ def _fetch(episodes: Episodes) -> Episodes:
 
 def _final(group, episodes, judges, folder):
     """Metrics of evaluation episodes [b, ...] of one policy; also writes them as evaluation.npz."""
-    transcript, (row, _, returns) = episodes.transcript, judge(group.program, judges, episodes)
+    transcript, judged = episodes.transcript, judge(group.program, judges, episodes)
+    row, returns = describe(group.program, judged, episodes), judged.returns
     folder.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(folder / "evaluation.npz", tokens=transcript.tokens, roles=transcript.roles.astype(np.int8),
                         turns=transcript.turns, openings=transcript.opening, returns=returns, **ledger(episodes))

@@ -1,6 +1,7 @@
 """A program: the compiled functions that all members with the same static settings share."""
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable
 from functools import partial
@@ -17,8 +18,8 @@ from kl_reg.envs.environment import Environment
 from kl_reg.identity import name_of
 from kl_reg.kl import controllers, estimators
 from kl_reg.losses import reductions
-from kl_reg.models import folders, policy, reference, student, tokenizer, weights
-from kl_reg.training import step
+from kl_reg.models import folders, policies, policy, reference, student, tokenizer, weights
+from kl_reg.training import scoring, step
 from kl_reg.types import Episodes, Frozen, Hyper, Sampling, TrainState
 
 
@@ -48,8 +49,61 @@ class Program(NamedTuple):
     episodes: int
     epochs: int
     minibatches: int
+    accumulate: int
+    entries: int
+    copies: bool
     warmup: int
     final: float
+
+    @property
+    def parallel(self) -> bool:
+        """Whether a token depends on nothing but what stands before it, so that many can be read at once."""
+        plain = self.reference.is_base and not self.constrained and not self.sampling.truncates
+        return self.policy.factored is not None and plain
+
+    @property
+    def deferred(self) -> bool:
+        """Whether tokens are drawn at once, and compared with the base afterwards."""
+        alone = self.policy.alone
+        return self.parallel and alone is not None and (
+            not self.env.students or alone.speaks and self.student.is_base)
+
+    @property
+    def once(self) -> bool:
+        """Whether the one minibatch of an update is read under the policy that drew it, and needs no record of that."""
+        return self.deferred and self.epochs * self.minibatches == 1 and self.kl.config.placement == "loss"
+
+    @property
+    def fused(self) -> bool:
+        """Whether an update differentiates the loss of each token when it reads it."""
+        return self.parallel and self.loss in losses.PER_TOKEN and self.kl.config.reduction == "token"
+
+    @property
+    def writer(self) -> policy.Policy | policy.Alone:
+        """What draws the agent's tokens."""
+        return self.policy.alone if self.deferred else self.policy
+
+    @property
+    def cached(self) -> int:
+        """Entries of tokens x vocabulary that are worked on at a time: on a CPU so many that its cache holds them."""
+        return min(self.entries, 2**22) if jax.default_backend() == "cpu" else self.entries
+
+    @property
+    def differentiated(self) -> tuple[str, ...]:
+        """The terms of a token that the loss may depend on."""
+        exact = self.kl.config.estimator == "exact" and self.kl.config.placement != "reward"
+        kl = {"forward": "forward_kl", "reverse": "kl"}[self.kl.config.direction]
+        return ("log_prob", "entropy", *[kl] * exact)
+
+    def sharing(self, group: int) -> int:
+        """How many episodes in a row of a member have the same opening, in a batch where `group` in a row have."""
+        return self.episodes if len(self.env.openings.start) == 1 else group
+
+    def cost(self, members: int) -> scoring.Cost:
+        """Of an update: its minibatches' parts."""
+        rows = self.episodes // self.minibatches // self.accumulate
+        group = rows if len(self.env.openings.start) == 1 else self.group
+        return scoring.Cost(group if rows % group == 0 else 1, members)
 
     def own_parts(self) -> list[Callable]:
         """The functions of the update that are not the library's: an edited one is another experiment."""
@@ -79,7 +133,8 @@ def build(static: Static, model: weights.Model, start=None, loss: Callable | Non
     if other and slots > weights.load_config(other).max_position:
         raise ValueError(f"env.length={env.length} and an opening of {slots - env.length} tokens make {slots}; the "
                          f"context of env.student_model={other!r} is {weights.load_config(other).max_position}")
-    agent = policy.build(config.policy.kind, model.config, config.policy)
+    shapes = dataclasses.replace(model.config, cache=config.model.cache, remat=config.model.remat)
+    agent = policies.build(config.policy.kind, shapes, config.policy)
     return Program(
         policy=agent, reference=reference.build(config.reference, agent, drawn, start), env=env,
         student=student.other(weights.load_config(other, config.model.dtype)) if other else student.base(),
@@ -90,17 +145,24 @@ def build(static: Static, model: weights.Model, start=None, loss: Callable | Non
         optimizer=optax.scale_by_adam(), max_grad_norm=config.optim.max_grad_norm,
         constrained=static.constrained, spend=kl.spend, levels=config.policy.spend_levels, carry=kl.carry,
         normalise=rl.normalise, iterations=rl.iterations, episodes=rl.episodes, epochs=rl.epochs,
-        minibatches=rl.minibatches, warmup=config.optim.warmup, final=config.optim.final)
+        minibatches=rl.minibatches, accumulate=rl.accumulate, entries=rl.entries, copies=config.model.copies,
+        warmup=config.optim.warmup,
+        final=config.optim.final)
 
 
 class Compiled(NamedTuple):
     """Jitted functions over a leading member axis.
 
-    init(base, seeds, hyper) -> state; sample(params, memory, hyper, frozen, keys, first, group=1) -> episodes;
-    update(state, hyper, frozen, episodes, rewards) -> (state, metrics, extreme), the state donated.
+    init(base, seeds, hyper) -> state.
+    draw(params, memory, hyper, frozen, keys, first, group=1) -> episodes for `update`; `group` is static. Of a program
+        that is deferred they lack their record.
+    sample: the same, with their record.
+    update(state, hyper, frozen, episodes, rewards) -> (state, metrics, extreme, episodes with their record and without
+        what the models read), the state donated.
     """
 
     init: Callable
+    draw: Callable
     sample: Callable
     update: Callable
 
@@ -116,12 +178,24 @@ def compile_program(program: Program) -> Compiled:
 
         return jax.vmap(one)(seeds, hyper)
 
+    def draw(params, memory, hyper: Hyper, frozen: Frozen, keys, first, group=1) -> Episodes:
+        return rollout.rollout(program, params, memory, frozen, scoring.caps_of(hyper), keys, first, group)
+
+    def complete(params, frozen, episodes, group, terms) -> Episodes:
+        cost = scoring.Cost(program.sharing(group), len(episodes.mask))
+        return scoring.complete(program, params, frozen, episodes, cost, terms) if program.deferred else episodes
+
     def sample(params, memory, hyper: Hyper, frozen: Frozen, keys, first, group=1) -> Episodes:
-        return rollout.rollout(program, params, memory, frozen, step.caps_of(hyper), keys, first, group)
+        episodes = draw(params, memory, hyper, frozen, keys, first, group)
+        return complete(params, frozen, episodes, group, terms=True)
 
     def update(state: TrainState, hyper: Hyper, frozen: Frozen, episodes: Episodes, rewards):
+        episodes = complete(state.params, frozen, episodes, program.group, not program.once)
         longest = episodes.mask.sum(-1).max()
-        one = partial(step.update, program)
-        return jax.vmap(one, in_axes=(0, 0, None, 0, 0, None))(state, hyper, frozen, episodes, rewards, longest)
+        one = partial(step.update, program, members=len(state.seed))
+        *new, episodes = jax.vmap(one, in_axes=(0, 0, None, 0, 0, None))(
+            state, hyper, frozen, episodes, rewards, longest)
+        return *new, episodes._replace(features=(), reference=(), kept=None)
 
-    return Compiled(jax.jit(init), jax.jit(sample), jax.jit(update, donate_argnums=0))
+    return Compiled(jax.jit(init), jax.jit(draw, static_argnames="group"), jax.jit(sample, static_argnames="group"),
+                    jax.jit(update, donate_argnums=0))

@@ -1,4 +1,4 @@
-"""One training step as pure functions: score recorded episodes with new parameters, and update."""
+"""One training step as pure functions: from recorded episodes and their rewards to new parameters."""
 from __future__ import annotations
 
 from functools import partial
@@ -9,21 +9,11 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from kl_reg import choice
 from kl_reg.advantages import normalise
-from kl_reg.kl import budget
-from kl_reg.kl.budget import Caps
 from kl_reg.kl.exact import TokenTerms
 from kl_reg.losses.value import squared_error
-from kl_reg.models.actor import Situation
+from kl_reg.training.scoring import Cost, Scores, caps_of, loss_at_once, score, with_scores
 from kl_reg.types import Episodes, Frozen, Hyper, TrainState, WeightedMetric
-
-
-class Scores(NamedTuple):
-    """Of the recorded agent tokens under given parameters, all [b, k]; zero where there is no token."""
-
-    terms: TokenTerms
-    value: Float[Array, "b k"]
 
 
 class Extreme(NamedTuple):
@@ -32,60 +22,6 @@ class Extreme(NamedTuple):
     log_ratio: Float[Array, ...]
     episode: Int[Array, ...]
     position: Int[Array, ...]          # in the agent stream
-
-
-def caps_of(hyper: Hyper) -> Caps:
-    """The hard limits of a member."""
-    return Caps(hyper.kl_budget, hyper.kl_turn_budget, hyper.kl_token_budget)
-
-
-def score(program, params, memory, frozen: Frozen, episodes: Episodes, caps: Caps, longest: Int[Array, ""]) -> Scores:
-    """Re-reads the recorded agent tokens, one position of the stream after the other, differentiable in `params`.
-
-    The budget ledger is re-run with the new parameters and differentiated through: what a token may spend depends on
-    what the earlier ones cost, and a gradient that leaves this out sees the benefit of spending and not its price.
-    (Where the amount is itself a recorded action, it depends on no parameter.) Vocabulary-sized arrays exist for one
-    position at a time and are recomputed in the backward pass.
-
-    Args:
-        memory: of the reference.
-        longest: agent tokens of the longest stream in the whole batch; positions behind it are skipped.
-    """
-    width, rows = episodes.transcript.tokens.shape[1] - program.env.length, episodes.mask.shape[0]
-    caps = jax.tree.map(lambda x: jnp.broadcast_to(x, (rows,)), caps)
-
-    def read(ledger, features, seen, kept, slot, turn, action, part, mask):
-        ledger = budget.enter(ledger, jnp.where(mask, turn, ledger.turn))
-        left = budget.left(caps, ledger, program.carry)
-        situation = Situation(left, budget.part_left(caps, ledger, left), (slot - width) / program.env.length)
-        reading = program.policy.read(params, frozen.base, features, situation)
-        measure = program.reference.read(memory, frozen, features, seen, situation, reading)
-
-        def row(measure, spend, value, kept, left, slot, action, drawn):
-            part = choice.part_of(program, spend, drawn, slot - width)
-            terms, cost = choice.terms_of(program, choice.constrain(program, measure, kept, left, part), action)
-            log_prob = terms.log_prob + choice.part_log_prob(program, spend, drawn)
-            return Scores(terms._replace(log_prob=log_prob), value), cost
-
-        scores, cost = jax.vmap(row)(measure._replace(models=None), reading.spend, reading.value, kept, left, slot,
-                                     action, part)
-        return budget.charge(ledger, cost, mask), jax.tree.map(lambda x: jnp.where(mask, x, 0.0), scores)
-
-    # Around the `cond`: inside it, all that `read` closes over, the unembedding too, would be kept for each position.
-    @partial(jax.checkpoint, prevent_cse=False)
-    def position(ledger, xs):
-        index, *xs = xs
-        zero = jnp.zeros(rows)
-        nothing = lambda ledger, *xs: (ledger, Scores(TokenTerms(*[zero] * len(TokenTerms._fields)), zero))  # noqa: E731
-        return jax.lax.cond(index < longest, read, nothing, ledger, *xs)
-
-    features = program.policy.refresh(params, frozen.base, episodes)
-    turn = jnp.take_along_axis(episodes.transcript.turns, episodes.slot, axis=1)
-    stream = (features, episodes.reference, episodes.kept, episodes.slot, turn, episodes.action, episodes.part,
-              episodes.mask)
-    stream = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), stream)
-    _, scores = jax.lax.scan(position, budget.open_ledger((rows,)), (jnp.arange(episodes.mask.shape[1]), *stream))
-    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), scores)
 
 
 def mean(x: Float[Array, "b k"], mask: Bool[Array, "b k"]) -> WeightedMetric:
@@ -102,19 +38,60 @@ def learning_rate(program, hyper: Hyper, iteration: Int[Array, ""]) -> Float[Arr
     return hyper.learning_rate * schedule(iteration)
 
 
-def objective(program, params, memory, frozen: Frozen, episodes: Episodes, targets, hyper: Hyper, longest
-              ) -> tuple[Array, tuple[dict, Float[Array, "b k"]]]:
-    """The loss of one minibatch of one member, its parts reduced as the algorithm does; what went into it, and each
-    token's log pi - log ref."""
-    advantages, returns, price = targets
-    scores, mask = score(program, params, memory, frozen, episodes, caps_of(hyper), longest), episodes.mask
+class Weights(NamedTuple):
+    """What a minibatch's sums are divided by: in its loss, and in means over its tokens. Its parts add up."""
+
+    loss: Float[Array, ""]
+    tokens: Float[Array, ""]
+
+
+def weights_of(program, mask: Bool[Array, "b k"]) -> Weights:
+    """Of a whole minibatch; they depend on its masks alone."""
+    loss = program.reduction(jnp.zeros(mask.shape), mask, program.env.length).weight
+    return Weights(jnp.maximum(loss, 1), jnp.maximum(mask.sum().astype(jnp.float32), 1))
+
+
+class Given(NamedTuple):
+    """Of each agent token: what its loss is made of beside its terms, and what it weighs in the reduction."""
+
+    weight: Float[Array, "b k"]
+    old_log_prob: Float[Array, "b k"]
+    advantage: Float[Array, "b k"]
+    price: Float[Array, "b k"]          # of the KL in the loss
+
+
+def token_loss(program, terms: TokenTerms, given: Given, shared: Hyper) -> Float[Array, ""]:
+    """What one token adds to the loss of its minibatch, but for its value's error."""
+    hyper, one = shared, jnp.ones(1, bool)
+    old = jax.lax.stop_gradient(terms.log_prob) if program.once else given.old_log_prob
+    stream = jax.tree.map(lambda x: x[None], terms)
+    policy = program.loss(stream.log_prob, old[None], given.advantage[None], one, hyper)
+    penalty = given.price * program.kl.loss(stream, jnp.zeros(1), jnp.exp(terms.log_prob - old)[None], one)
+    return given.weight * (policy + penalty - hyper.entropy_coef * stream.entropy)[0]
+
+
+def objective(program, params, memory, frozen: Frozen, episodes: Episodes, targets, hyper: Hyper, longest,
+              weights: Weights, cost: Cost) -> tuple[Array, tuple[dict, Scores]]:
+    """What a part of a minibatch of one member adds to its loss, reduced as the algorithm does; what went into it, and
+    what its tokens are."""
+    (advantages, returns, price), mask = targets, episodes.mask
+    average = lambda x: mean(x, mask).total / weights.tokens  # noqa: E731
+    reduce = lambda x: program.reduction(x, mask, program.env.length).total / weights.loss  # noqa: E731
+    fused = None
+    if program.fused:
+        weight = jax.grad(reduce)(jnp.zeros(mask.shape))
+        given = Given(weight, episodes.log_prob, advantages, jnp.broadcast_to(price[:, None], mask.shape))
+        episodes = episodes._replace(features=program.policy.refresh(params, frozen.base, episodes, cost.group))
+        fused, scores = loss_at_once(program, params, frozen, episodes, partial(token_loss, program), given, hyper,
+                                     longest, cost)
+    else:
+        scores = score(program, params, memory, frozen, episodes, caps_of(hyper), longest, cost)
     new = scores.terms
-    moved = jnp.where(mask, new.log_prob - episodes.log_prob, 0.0)
+    old = jax.lax.stop_gradient(new.log_prob) if program.once else episodes.log_prob
+    moved = jnp.where(mask, new.log_prob - old, 0.0)
     ratio = jnp.exp(moved)
-    average = lambda x: mean(x, mask).mean()  # noqa: E731
-    reduce = lambda x: program.reduction(x, mask, program.env.length).mean()  # noqa: E731
     over_rows = jax.vmap(program.loss, (0, 0, 0, 0, None))
-    policy = reduce(over_rows(new.log_prob, episodes.log_prob, advantages, mask, hyper))
+    policy = reduce(over_rows(new.log_prob, old, advantages, mask, hyper))
     penalty = reduce(price[:, None] * jax.vmap(program.kl.loss)(new, -jnp.expm1(-episodes.floor), ratio, mask))
     value = reduce(jax.vmap(squared_error, (0, 0, 0, None))(scores.value, episodes.value, returns, hyper.value_clip))
     entropy = reduce(new.entropy)
@@ -122,8 +99,8 @@ def objective(program, params, memory, frozen: Frozen, episodes: Episodes, targe
     parts = {"loss/policy_avg": policy, "loss/kl": penalty, "loss/value_avg": value,
              "policy/entropy_avg": average(new.entropy), "policy/clipfrac_avg": average(clipped.astype(jnp.float32)),
              "policy/approxkl_avg": average(0.5 * moved**2), "val/ratio": average(ratio)}
-    total = policy + penalty + hyper.value_coef * value - hyper.entropy_coef * entropy
-    return total, (parts, jnp.where(mask, new.log_ratio, 0.0))
+    total = policy + penalty - hyper.entropy_coef * entropy if fused is None else fused
+    return total + hyper.value_coef * value, (parts, scores)
 
 
 def recorded(episodes: Episodes) -> TokenTerms:
@@ -154,24 +131,49 @@ def safe_norm(tree) -> Float[Array, ""]:
     return largest * optax.global_norm(jax.tree.map(lambda x: x / largest, tree))
 
 
+def gradient(program, params, memory, frozen: Frozen, episodes: Episodes, targets, hyper: Hyper, longest, cost: Cost):
+    """Of one minibatch, added up over `program.accumulate` parts: gradients, what went into the loss, and what its
+    tokens are."""
+    weights, rows = weights_of(program, episodes.mask), episodes.mask.shape[0] // program.accumulate
+    own = jax.grad(lambda params, part, goals: objective(
+        program, params, memory, frozen, part, goals, hyper, longest, weights, cost), has_aux=True)
+    if program.accumulate == 1:
+        grads, (parts, scores) = own(params, episodes, targets)
+        return grads, parts, scores
+
+    def add(sums, part):
+        grads, (parts, scores) = own(params, *part)
+        return jax.tree.map(jnp.add, sums, (grads, parts)), scores
+
+    split = jax.tree.map(lambda x: x.reshape(program.accumulate, rows, *x.shape[1:]), (episodes, targets))
+    shapes = jax.eval_shape(own, params, *jax.tree.map(lambda x: x[0], split))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (shapes[0], shapes[1][0]))
+    (grads, parts), scores = jax.lax.scan(add, zeros, split)
+    return grads, parts, jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), scores)
+
+
 def update(program, state: TrainState, hyper: Hyper, frozen: Frozen, episodes: Episodes, rewards: Float[Array, "b k"],
-           longest: Int[Array, ""]) -> tuple[TrainState, dict, Extreme]:
+           longest: Int[Array, ""], members: int = 1) -> tuple[TrainState, dict, Extreme, Episodes]:
     """All epochs over one batch of one member. Callers vmap over members.
 
     Args:
         rewards: of each agent token, reward units; a reply's reward stands at the last agent token before its end.
+        members: how many are updated at a time.
+
+    Returns:
+        The new state, metrics, the most extreme token, and the episodes, whose record is complete.
     """
     price = program.controller.read(state.controller, hyper)
     goals = targets(program, episodes, rewards, price, hyper)
     rate = learning_rate(program, hyper, state.iteration)
-    rows = episodes.mask.shape[0]
+    rows, cost = episodes.mask.shape[0], program.cost(members)
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(state.seed), state.iteration), 2**31 - 2)
 
     def minibatch(carry, index):
         params, opt_state, stopped = carry
         part, own = jax.tree.map(lambda x: x[index], (episodes, goals))
-        grad = jax.value_and_grad(objective, argnums=1, has_aux=True)
-        (_, (parts, ratios)), grads = grad(program, params, state.reference, frozen, part, own, hyper, longest)
+        grads, parts, scores = gradient(program, params, state.reference, frozen, part, own, hyper, longest, cost)
+        ratios = jnp.where(part.mask, scores.terms.log_ratio, 0.0)
         norm = safe_norm(grads)
         parts["optim/grad_norm"] = norm
         grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, program.max_grad_norm / jnp.maximum(norm, 1e-30)), grads)
@@ -182,16 +184,21 @@ def update(program, state: TrainState, hyper: Hyper, frozen: Frozen, episodes: E
         updates, new_state = program.optimizer.update(grads, opt_state, params)
         updated = optax.apply_updates(params, jax.tree.map(lambda u: -rate * u, updates))
         params, opt_state = jax.tree.map(partial(jnp.where, stopped), (params, opt_state), (updated, new_state))
-        return (params, opt_state, stopped), (parts, extreme)
+        return (params, opt_state, stopped), (parts, extreme, scores if program.once else ())
 
     def order(epoch):
         if program.minibatches == 1:
             return jnp.arange(rows)[None]
-        return jax.random.permutation(jax.random.fold_in(key, epoch), rows).reshape(program.minibatches, -1)
+        # Groups stay together where minibatches hold whole ones, so that their openings are read once.
+        together = program.group if rows // program.group % program.minibatches == 0 else 1
+        groups = jax.random.permutation(jax.random.fold_in(key, epoch), rows // together)
+        return (groups[:, None] * together + jnp.arange(together)[None]).reshape(program.minibatches, -1)
 
     indices = jnp.concatenate([order(epoch) for epoch in range(program.epochs)])
     start = state.params, state.opt_state, jnp.bool_(False)
-    (params, opt_state, _), (parts, extremes) = jax.lax.scan(minibatch, start, indices)
+    (params, opt_state, _), (parts, extremes, scores) = jax.lax.scan(minibatch, start, indices)
+    if program.once:
+        episodes = with_scores(program, episodes, jax.tree.map(lambda x: x[0], scores))
     variance = parts["val/ratio"].var()
     parts = jax.tree.map(lambda x: x.mean(0), parts)
     spent = jnp.where(episodes.mask, program.kl.exact(recorded(episodes)), 0.0).sum(1).mean()
@@ -200,7 +207,8 @@ def update(program, state: TrainState, hyper: Hyper, frozen: Frozen, episodes: E
     controller = program.controller.update(state.controller, spent, hyper)
     memory = program.reference.update(state.reference, params, state.iteration)
     extreme = jax.tree.map(lambda x: x[jnp.abs(extremes.log_ratio).argmax()], extremes)
-    return TrainState(params, opt_state, state.seed, state.iteration + 1, controller, memory), parts, extreme
+    new = TrainState(params, opt_state, state.seed, state.iteration + 1, controller, memory)
+    return new, parts, extreme, episodes
 
 
 def _explained(values, returns, mask):

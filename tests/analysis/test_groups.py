@@ -151,7 +151,7 @@ def names_of_update():
 
     def update(base):
         state = run.init(base, jnp.zeros(1, jnp.int32), hyper)
-        drawn = run.sample(state.params, state.reference, hyper, Frozen(base),
+        drawn = run.draw(state.params, state.reference, hyper, Frozen(base),
                            rollout.member_keys(state.seed, state.iteration), jnp.zeros(1, jnp.int32))
         return run.update(state, hyper, Frozen(base), drawn, jnp.zeros(drawn.mask.shape))[1]
 

@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trees import random_tree, sequence_log_probs
 
+from kl_reg.analysis import optimal
 from kl_reg.analysis.optimal import soft_optimum
-from kl_reg.analysis.tilted import importance_frontier, sample_tilted
+from kl_reg.analysis.tilted import expected_budget, importance_frontier, sample_tilted
 
 LAMS = np.array([0.2, 1.0, 5.0, math.inf])
 
@@ -30,6 +31,20 @@ def test_every_sequence_once_under_a_uniform_mixture_is_exact(seed):
         np.testing.assert_allclose((point.reward, point.kl), (optimum.reward, optimum.kl), rtol=1e-9, atol=1e-12)
         chances = [np.exp(sequence_log_probs(policy, 2)) for policy in (optimum.policy, tree.log_base)]
         np.testing.assert_allclose(point.ess, min(1 / (chance**2).sum() for chance in chances), rtol=1e-9)
+
+
+def test_a_budget_on_average_is_the_enumerated_optimum():
+    tree = random_tree(2, "AAAA", 5)
+    sampled, most = all_sequences(tree, 5), soft_optimum(tree, 0.0).kl
+    at = lambda lam: importance_frontier(*sampled, np.array([8, 8]), np.array([lam]), least=0.0)[0]  # noqa: E731
+    for nats in (0.01, 0.3, 0.9 * most):
+        point, exact = expected_budget(at, nats, 1e-3), optimal.expected_budget(tree, nats)
+        assert nats * (1 - 1e-9) < point.kl <= nats
+        np.testing.assert_allclose((point.reward, point.lam), (exact.reward, exact.lam), rtol=1e-6)
+    assert expected_budget(at, most + 0.1, 1e-3) == at(1e-3)
+    for wrong, named in (((at, 0.0, 1.0), "nats=0"), ((at, math.nan, 1.0), "nats=nan"), ((at, 1.0, 0.0), "lam=0")):
+        with pytest.raises(ValueError, match=named):
+            expected_budget(*wrong)
 
 
 def test_each_prompt_has_its_own_optimum():

@@ -106,7 +106,7 @@ def test_a_policy_s_tables_are_what_its_sampler_says(folder, model, kind):
     state = group.run.init(model.params, group.seeds, group.hyper)
     params = jax.tree.map(lambda x: x + 0.2 * jnp.sin(jnp.arange(x.size, dtype=x.dtype).reshape(x.shape)), state.params)
     keys, first = rollout.member_keys(state.seed, state.iteration), jnp.zeros(1, jnp.int32)
-    episodes = group.run.sample(params, state.reference, group.hyper, group.frozen, keys, first, jnp.int32(1))
+    episodes = group.run.sample(params, state.reference, group.hyper, group.frozen, keys, first)
     tables = policy_tables(group.program, jax.tree.map(lambda x: x[0], params), model.params, VOCAB)
     actions, said = np.asarray(episodes.action[0]), np.asarray(episodes.log_prob[0])
     for t, table in enumerate(tables):

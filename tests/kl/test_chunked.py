@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from scipy.special import entr, log_softmax, rel_entr
 
-from kl_reg.kl.chunked import chunked_terms
+from kl_reg.kl.chunked import chunked_loss, chunked_terms
 from kl_reg.kl.exact import TokenTerms, token_terms
 
 N, V, D = 13, 40, 6
@@ -238,3 +238,70 @@ def test_bad_settings_are_refused():
         chunked_terms(*inputs, relative=True, chunk=4, differentiate=("kl", "k3"))
     with pytest.raises(ValueError, match="chunk=0 must be at least 1"):
         chunked_terms(*inputs, relative=True, chunk=0)
+
+
+def token_loss(terms, given, shared):
+    """Not linear in the terms, as losses with ratios are not."""
+    weight, old = given
+    return weight * (jnp.exp(terms.log_prob - old) + shared * terms.kl - 0.1 * terms.entropy + 0.2 * terms.forward_kl)
+
+
+@pytest.mark.parametrize("relative, train_table, together, cap", [
+    (True, False, 1, None), (False, True, 2, None), (False, True, 4, 2.0), (True, True, 2, 3.0)])
+def test_a_loss_of_each_token_is_differentiated_where_it_is_read(relative, train_table, together, cap):
+    """Three of four parts of four rows, beside all logits differentiated automatically."""
+    policy, table, base, base_table, action = problem(8, n=16)
+    rng = np.random.default_rng(0)
+    given = jnp.float32(rng.normal(size=(4, 4))), jnp.float32(rng.normal(-3, 0.1, size=(4, 4)))
+    parts = lambda x: x.reshape(4, 4, *x.shape[1:])  # noqa: E731
+    shape = lambda z: z if cap is None else cap * jnp.tanh(z / cap)  # noqa: E731
+
+    def ours(policy, table, base, base_table):
+        total, terms = chunked_loss(token_loss, parts(policy), table, parts(base), base_table, parts(action), given,
+                                    0.7, relative=relative, together=together, train_table=train_table,
+                                    forward=True, scale=1 / 0.7, cap=cap, used=jnp.int32(3))
+        return 2 * total + terms.kl.sum(), terms
+
+    def expected(policy, table):
+        base_logits = shape(base @ base_table.T)
+        logits = (base_logits + policy @ table.T if relative else shape(policy @ table.T)) / 0.7
+        terms = jax.vmap(partial(token_terms, forward=True))(logits, jax.nn.log_softmax(base_logits / 0.7), action)
+        terms = jax.tree.map(lambda x: jnp.where(jnp.arange(16) < 12, x, 0.0), terms)
+        flat = jax.tree.map(lambda x: x.reshape(-1), given)
+        losses = jax.vmap(partial(token_loss, shared=0.7))(terms, flat)
+        return 2 * jnp.where(jnp.arange(16) < 12, losses, 0.0).sum() + jax.lax.stop_gradient(terms.kl.sum()), terms
+
+    for function in (ours, jax.jit(ours)):
+        (value, terms), got = jax.value_and_grad(function, (0, 1, 2, 3), has_aux=True)(policy, table, base, base_table)
+        (other, plain_terms), wanted = jax.value_and_grad(expected, (0, 1), has_aux=True)(policy, table)
+        np.testing.assert_allclose(value, other, rtol=1e-5)
+        for x, y in zip(terms, plain_terms, strict=True):
+            np.testing.assert_allclose(x.reshape(-1), y, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(got[0], wanted[0], rtol=1e-4, atol=2e-5)
+        np.testing.assert_allclose(got[1], wanted[1] * float(train_table), rtol=1e-4, atol=2e-5)
+        np.testing.assert_array_equal(got[2], 0.0)
+    assert ours(policy, table, base, base_table)[0] == pytest.approx(float(value), rel=1e-5)     # without a gradient
+
+
+def test_the_products_of_a_loss_are_done_once():
+    policy, table, base, _, action = problem(**BIG)
+    parts = lambda x: x.reshape(32, 16, *x.shape[1:])  # noqa: E731
+
+    def loss(policy, table):
+        return chunked_loss(lambda terms, given, shared: terms.log_prob + terms.kl, parts(policy), table, parts(base),
+                            table, parts(action), (), (), relative=False, together=8, train_table=True)[0]
+
+    jaxpr = jax.make_jaxpr(jax.grad(loss, (0, 1)))(policy, table).jaxpr
+    products = [e for e in inner(jaxpr) if e.primitive.name == "dot_general"]
+    assert len(products) == 4
+    largest = max(np.prod(variable.aval.shape) for e in inner(jaxpr) for variable in e.outvars)
+    assert largest <= 8 * 16 * BIG["v"]
+
+
+def test_parts_that_are_not_used_are_zero():
+    """Of 13 rows in 3 parts, part i has rows i, i + 3, ..."""
+    inputs = problem(9)
+    whole, some = (chunked_terms(*inputs, relative=False, chunk=5, used=used) for used in (None, jnp.int32(2)))
+    here = np.arange(N) % 3 < 2
+    for x, y in zip(whole, some, strict=True):
+        np.testing.assert_array_equal(y, np.where(here, x, 0.0))

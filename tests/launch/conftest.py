@@ -1,4 +1,8 @@
-"""One small run that the commands read."""
+"""One small run that the commands read, and a gcloud that knows one slice."""
+import os
+import pathlib
+import sys
+
 import jax
 import pytest
 
@@ -27,3 +31,35 @@ def run(optimised, tiny_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "small"
     kl_reg.train(config, workdir=folder)
     return folder
+
+
+class Gcloud:
+    """A fake gcloud on PATH: tests/launch/fake_gcloud.py says what its files are."""
+
+    def __init__(self, folder):
+        self.folder, self.home = folder, folder / "home"
+        (folder / "bin").mkdir()
+        fake = pathlib.Path(__file__).with_name("fake_gcloud.py").read_text()
+        self.stub("gcloud", f"#!{sys.executable} -IS\n{fake}")
+        self.environment = os.environ | {"PATH": f"{folder}/bin:{os.environ['PATH']}", "FAKE": str(folder)}
+
+    def stub(self, name, text):
+        (self.folder / f"bin/{name}").write_text(text)
+        (self.folder / f"bin/{name}").chmod(0o755)
+
+    def ready(self):
+        self.home.mkdir()
+        (self.folder / "vm").write_text("READY")
+
+    def calls(self):
+        file = self.folder / "calls"
+        made = file.read_text().splitlines() if file.exists() else []
+        return [line.removeprefix("gcloud compute tpus ") for line in made]
+
+    def changes(self):
+        return [call for call in self.calls() if " describe " not in call]
+
+
+@pytest.fixture
+def gcloud(tmp_path):
+    return Gcloud(tmp_path)

@@ -15,7 +15,7 @@ import transformers
 
 from kl_reg import card, checkpoint, runs
 from kl_reg import config as configs
-from kl_reg.models import folders, policy, tokenizer, weights
+from kl_reg.models import folders, policies, tokenizer, weights
 from kl_reg.models.actor import Situation
 from kl_reg.models.fetch import fetch
 from kl_reg.types import TrainState, Transcript
@@ -50,7 +50,7 @@ def run(tiny_folder, tmp_path_factory):
 def _state(base, members, iteration):
     rng, rows = np.random.default_rng(iteration), []
     for _, own in members:
-        shapes = jax.eval_shape(policy.build(own.policy.kind, base.config, own.policy).init, jax.random.key(0),
+        shapes = jax.eval_shape(policies.build(own.policy.kind, base.config, own.policy).init, jax.random.key(0),
                                 base.params)
         moved = jax.tree.map(lambda x: 0.2 * rng.standard_normal(x.shape).astype(np.float32), shapes)
         if own.policy.kind == "full":
@@ -78,7 +78,7 @@ def ours(run, number, tokens, inputs=(0.0, 0.0), iteration=None):
     """Logits [t, v] of the token behind each of `tokens`, by the policy that trains."""
     member = runs.load(run, iteration)[number]
     base, own = weights.load(member.config.model.path), member.config.policy
-    agent, count = policy.build(own.kind, base.config, own), len(tokens)
+    agent, count = policies.build(own.kind, base.config, own), len(tokens)
     position = jnp.arange(1, count + 1) - len(prompt_ids(run))
     left, part = inputs
     row = jnp.array([tokens])

@@ -77,6 +77,17 @@ def test_dollars_in_a_script_are_no_formula(tmp_path, monkeypatch):
     assert {(r"“$\no$”", False), ("“$5 or $6”", False), ("$a$", False)} <= set(shown)
 
 
+@pytest.mark.parametrize("nats", [0.5, 300.0])
+def test_the_budgets_are_inside_the_figure(tmp_path, monkeypatch, nats):
+    """A label outside would shrink the panels to make room."""
+    curve = {"mean": [nats], "low": [nats], "high": [nats]}
+    drawn = []
+    monkeypatch.setattr(price_figure, "save", lambda figure, path: drawn.append(figure) or path)
+    price_figure.draw([{"script": "", "per_turn": curve, "cumulative": curve}], "one", tmp_path / "a.png")
+    low, high = drawn[0].axes[1].get_ylim()
+    assert low == 0 and high > max(*price_figure.BUDGETS, nats)
+
+
 @pytest.mark.parametrize("arguments, says", [
     (("--model={tiny}", "--seed=-1"), "--seed -1 must"), (("--model={tiny}", f"--seed={2**31}"), "--seed 2147483648"),
     ((), "required: --model"), (("--model=nowhere",), "nowhere"), (("--model={tiny}", "--turns=x"), "--turns"),

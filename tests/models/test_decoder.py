@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from kl_reg.models import decoder, weights
+from kl_reg.models.layers import store
 
 LENGTH = 10
 START = jnp.array([0, 3, 7])
@@ -132,3 +133,47 @@ def test_an_adapter_says_what_each_member_alone_says_with_merged_matrices(tiny_s
             for ours in (whole, cached):
                 np.testing.assert_allclose(ours[3 * member + row, begin:], alone[row, begin:], atol=5e-5)
             assert np.abs(alone[row, begin:] - base[row, begin:]).max() > 0.1
+
+
+@pytest.mark.parametrize("group", [2, 3])
+def test_rows_with_the_same_prompt_read_it_once(model, tokens, group):
+    """A prompt of 4 tokens, one row with padding, and `group` different continuations of each."""
+    prompt, own = tokens[:2, :4], jax.random.randint(jax.random.key(7), (2 * group, 6), 0, 96)
+    start = jnp.array([0, 2])
+    rows, starts = jnp.concatenate([jnp.repeat(prompt, group, axis=0), own], axis=1), jnp.repeat(start, group)
+    whole = forward(model.config, model.params, rows, starts, 2)
+    shared = jax.jit(partial(decoder.forward, model.config, features=2, group=group, shared=4))(
+        model.params, rows, starts)
+    first, cache = jax.jit(partial(decoder.prefill, model.config, slots=10, features=2, group=group))(
+        model.params, prompt, start)
+    assert cache[0].prompt_key.values.shape[0] == 2 and cache[0].key.values.shape[0] == 2 * group
+    parts = decoder.apart(model.params)
+    for i in range(4, 10):
+        step, cache = decode(model.config, parts, rows[:, i], starts, jnp.int32(i), cache, 2)
+        np.testing.assert_allclose(step.features, whole.features[:, i], atol=1e-4)
+    for row, begin in enumerate(starts):
+        np.testing.assert_allclose(shared.features[row, begin:], whole.features[row, begin:], atol=1e-4)
+        np.testing.assert_allclose(first.last[row // group, begin:], whole.last[row, begin:4], atol=1e-4)
+
+
+@pytest.mark.parametrize("cache_dtype, part", [("", 1e-5), ("bfloat16", 0.02), ("int8", 0.04)])
+def test_shorter_caches_are_nearly_as_good(model, tokens, cache_dtype, part):
+    """The error of 10 tokens' hidden states, of unit scale, behind a prompt of 8."""
+    config = dataclasses.replace(model.config, cache=cache_dtype)
+    whole = forward(model.config, model.params, tokens, START).last
+    _, cache = prefill(config, model.params, tokens[:, :8], START, LENGTH)
+    assert cache[0].key.values.dtype == jnp.dtype(cache_dtype or "float32") and cache[0].value.values.shape[2] == 2
+    for i in (8, 9):
+        step, cache = decode(config, model.params, tokens[:, i], START, jnp.int32(i), cache)
+        error = np.abs(step.last - whole[:, i]).max() / np.abs(whole[:, i]).max()
+        assert error < part
+        assert error > part / 1e3 or not cache_dtype           # it is another cache
+
+
+def test_int8_is_within_half_a_step_of_each_heads_largest_entry():
+    x = np.random.default_rng(0).normal(size=(2, 3, 4, 8)).astype(np.float32)
+    kept = store(jnp.asarray(x), "int8")
+    assert kept.values.dtype == jnp.int8
+    back = kept.values * np.asarray(kept.scale)[..., None]
+    assert np.all(np.abs(back - x) <= np.abs(x).max(-1, keepdims=True) / 127 / 2 * 1.001)
+    assert store(jnp.zeros((1, 1, 1, 8)), "int8").values.sum() == 0

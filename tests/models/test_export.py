@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from kl_reg.models import decoder, export, families, folders, mapping, policy, weights
+from kl_reg.models import decoder, export, families, folders, lora, mapping, weights
 from kl_reg.models.actor import Actor
 from kl_reg.types import Sampling
 
@@ -45,7 +45,7 @@ def low_rank(config, targets, rank=2):
     rng = np.random.default_rng(0)
     draw = lambda *shape: 0.3 * rng.standard_normal(shape).astype(np.float32)  # noqa: E731
     return {name: {"a": draw(layers, inner, rank), "b": draw(layers, rank, outer)}
-            for name, (layers, inner, outer) in policy.adaptable(config, targets).items()}
+            for name, (layers, inner, outer) in lora.adaptable(config, targets).items()}
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")      # PEFT's own use of transformers
@@ -57,7 +57,7 @@ def test_peft_merges_an_adapter_to_our_merged_weights(bases, family, tmp_path):
     found = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path)          # finds the base by itself
     theirs = found.merge_and_unload().state_dict()
     rules = families.read(folders.settings(base.folder))[1].rules(base.config)
-    ours = dict(mapping.write(rules, policy.merged(base.params, low, 3.0)))
+    ours = dict(mapping.write(rules, lora.merged(base.params, low, 3.0)))
     plain, moved = dict(mapping.write(rules, base.params)), 0
     for (key, value), before in zip(ours.items(), plain.values(), strict=True):
         key = key.replace("embed_out", "lm_head")           # GPT-NeoX's, in memory

@@ -11,9 +11,9 @@ from kl_reg import config as configs
 from kl_reg import rollout
 from kl_reg.models import weights
 from kl_reg.models.actor import Situation
-from kl_reg.models.policy import POLICIES
+from kl_reg.models.policies import POLICIES
 from kl_reg.training import program as programs
-from kl_reg.training import step
+from kl_reg.training import scoring
 from kl_reg.types import Frozen
 
 MEMBERS = 2
@@ -33,7 +33,7 @@ class Setup:
         self.hyper = jax.tree.map(lambda x: jnp.broadcast_to(x, (MEMBERS,)), hyper)
         self.frozen = Frozen(self.model.params)
         self.params = self.compiled.init(self.model.params, jnp.arange(MEMBERS), self.hyper).params
-        self._score = jax.jit(jax.vmap(partial(step.score, self.program), in_axes=(0, None, None, 0, 0, None)))
+        self._score = jax.jit(jax.vmap(partial(scoring.score, self.program), in_axes=(0, None, None, 0, 0, None)))
 
     def moved(self):
         """Parameters as training might leave them: all of them, zeros included, moved at random."""
@@ -45,7 +45,7 @@ class Setup:
         return self.compiled.sample(params, (), self.hyper, self.frozen, keys, jnp.zeros(MEMBERS, jnp.int32))
 
     def score(self, params, episodes):
-        return self._score(params, (), self.frozen, episodes, step.caps_of(self.hyper), episodes.mask.sum(-1).max())
+        return self._score(params, (), self.frozen, episodes, scoring.caps_of(self.hyper), episodes.mask.sum(-1).max())
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from scipy.special import log_softmax, rel_entr, softmax
 from kl_reg import checkpoint, chitchat, validation
 from kl_reg import config as configs
 from kl_reg.kl.exact import reverse_kl
-from kl_reg.models import decoder, folders, policy, quantize, tokenizer, weights
+from kl_reg.models import decoder, folders, lora, policies, quantize, tokenizer, weights
 from kl_reg.models.actor import Situation
 from kl_reg.training import loop
 from kl_reg.types import Transcript
@@ -116,7 +116,7 @@ def test_what_is_int8_is_neither_rounded_again_nor_changed(model, adapter):
         quantize.quantize(rounded, donate=True)
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(rounded))
     with pytest.raises(ValueError, match="layers/key/kernel is int8"):
-        policy.merged(rounded, jax.tree.map(lambda x: x[:, 0], adapter), 1.0)
+        lora.merged(rounded, jax.tree.map(lambda x: x[:, 0], adapter), 1.0)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -206,7 +206,7 @@ def test_the_first_policy_on_an_int8_base_is_that_base(kind, rounding, dense, to
     shapes, params = dense
     base, settings = quantize.quantize(params), configs.default().policy.unlock()
     settings.layers, settings.targets = 2, "query|key"
-    made = policy.build(kind, shapes, settings)
+    made = policies.build(kind, shapes, settings)
     own = made.init(jax.random.key(5), base)
     slot = jnp.broadcast_to(jnp.arange(3, 6), (4, 3))
 

@@ -21,7 +21,7 @@ from kl_reg.models import decoder, families, weights
 from kl_reg.models.actor import Situation
 from kl_reg.models.reference import REFERENCES
 from kl_reg.training import program as programs
-from kl_reg.training import step, sweep
+from kl_reg.training import scoring, sweep
 from kl_reg.types import AGENT, PAD, Episodes, Frozen, Hyper, Sampling
 
 MEMBERS, EPISODES, LENGTH = 2, 4, 14
@@ -44,8 +44,8 @@ class Case(NamedTuple):
                                jnp.zeros(MEMBERS, jnp.int32))
 
     def score(self):
-        score = jax.jit(jax.vmap(functools.partial(step.score, self.program), in_axes=(0, 0, None, 0, 0, None)))
-        return score(self.params, self.state.reference, self.frozen, self.episodes, step.caps_of(self.hyper),
+        score = jax.jit(jax.vmap(functools.partial(scoring.score, self.program), in_axes=(0, 0, None, 0, 0, None)))
+        return score(self.params, self.state.reference, self.frozen, self.episodes, scoring.caps_of(self.hyper),
                      self.episodes.mask.sum(-1).max())
 
 

@@ -26,7 +26,7 @@ from kl_reg.kl.estimators import KLConfig, build
 from kl_reg.losses import reductions
 from kl_reg.models import reference
 from kl_reg.models.policy import Policy, Reading
-from kl_reg.training import step
+from kl_reg.training import scoring, step
 from kl_reg.types import AGENT, OPENING, Episodes, Frozen, Sampling, Transcript
 
 SEQUENCES = np.array(list(itertools.product(range(3), repeat=3)))
@@ -85,9 +85,10 @@ def program(constrained, **settings):
         logits, neuron = params["logits"][features], params["neuron"][features]
         return Reading(base[features], logits - base[features], jnp.zeros(features.shape), jax.nn.sigmoid(neuron))
 
-    policy = Policy(None, None, None, lambda params, base, episodes: episodes.features, None, read, False, True)
+    policy = Policy(None, None, None, lambda params, base, episodes, group: episodes.features, None, read, False, True)
     plain = {"kl": build(KLConfig()), "spend": "neuron", "levels": 4, "carry": False, "sampling": Sampling(),
-             "reference": reference.base(ConfigDict(), policy, Sampling(), None)}
+             "reference": reference.base(ConfigDict(), policy, Sampling(), None), "parallel": False, "fused": False,
+             "once": False}
     return SimpleNamespace(policy=policy, env=SimpleNamespace(length=3), constrained=constrained, **plain | settings)
 
 
@@ -114,7 +115,7 @@ def single(tree):
 
 def score(prog, params, base, budget, episodes=None):
     episodes = all_episodes() if episodes is None else episodes
-    return step.score(prog, params, (), Frozen(single(base)), episodes, step.caps_of(hyper(budget)), jnp.int32(3))
+    return scoring.score(prog, params, (), Frozen(single(base)), episodes, scoring.caps_of(hyper(budget)), jnp.int32(3))
 
 
 def estimate(params, base, rewards, budget, constrained=True):
@@ -227,8 +228,9 @@ def test_penalty_and_budget_together(estimator, placement, constrained, budget):
         """Three times the mean over a sequence's tokens, weighted by its probability."""
         def sequence(*row):
             episode, *target = jax.tree.map(lambda x: x[None], row)
-            return step.objective(prog, params, (), Frozen(single(base)), episode, target, settings,
-                                  jnp.int32(3))[0]
+            weights = step.weights_of(prog, episode.mask)
+            return step.objective(prog, params, (), Frozen(single(base)), episode, target, settings, jnp.int32(3),
+                                  weights, scoring.PLAIN)[0]
 
         return 3 * (jnp.float32(exact.weight()) * jax.vmap(sequence)(episodes, advantage, returns, price)).sum()
 
@@ -243,11 +245,11 @@ def test_a_cap_on_each_token_that_carries_over(seed):
     value = lambda p: (Enumerated(p, base, 1.5, 0.4).weight() * rewards.sum(1)).sum()  # noqa: E731
     weight = jnp.float32(Enumerated(params, base, 1.5, 0.4).weight())
     to_go = jnp.cumsum(jnp.float32(rewards)[:, ::-1], axis=1)[:, ::-1]
-    caps = step.caps_of(hyper(1.5)._replace(kl_token_budget=jnp.float32(0.4)))
+    caps = scoring.caps_of(hyper(1.5)._replace(kl_token_budget=jnp.float32(0.4)))
 
     @jax.jit
     def surrogate(params):
-        scores = step.score(program(True, carry=True), params, (), Frozen(single(base)), all_episodes(), caps,
+        scores = scoring.score(program(True, carry=True), params, (), Frozen(single(base)), all_episodes(), caps,
                             jnp.int32(3))
         return (weight[:, None] * to_go * scores.terms.log_prob).sum()
 

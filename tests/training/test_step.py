@@ -19,7 +19,7 @@ from kl_reg.kl.estimators import KLConfig, build
 from kl_reg.losses import reductions
 from kl_reg.models import weights
 from kl_reg.training import program as programs
-from kl_reg.training import step
+from kl_reg.training import scoring, step
 from kl_reg.types import Episodes, Frozen, Hyper, TrainState, Transcript
 
 ITERATIONS = 11
@@ -235,12 +235,21 @@ def test_learning_rate_of_short_runs(warmup, iterations, iteration, part):
     np.testing.assert_allclose(rate, part, rtol=1e-5)
 
 
+def objective(program, params, frozen, episodes, targets, hyper):
+    """Of a whole minibatch."""
+    @jax.jit
+    def whole(*args):
+        weights = step.weights_of(program, episodes.mask)
+        return step.objective(program, params, (), frozen, *args, jnp.int32(12), weights, scoring.PLAIN)
+
+    return whole(episodes, targets, hyper)
+
+
 def test_objective_at_the_recorded_parameters(group):
     """The ratio is 1, so every term is a mean over tokens of what was recorded."""
     episodes, hyper, rewards = one(group.episodes), one(group.hyper), one(group.rewards)
     targets = step.targets(group.program, episodes, rewards, hyper.kl_coef, hyper)
-    objective = jax.jit(partial(step.objective, group.program))
-    total, (parts, ratios) = objective(one(group.params), (), group.frozen, episodes, targets, hyper, jnp.int32(12))
+    total, (parts, scores) = objective(group.program, one(group.params), group.frozen, episodes, targets, hyper)
     advantage, returns, coef = (np.asarray(x) for x in targets)
     mask = np.asarray(episodes.mask)
     assert 12 < mask.sum() < 60
@@ -254,7 +263,7 @@ def test_objective_at_the_recorded_parameters(group):
     np.testing.assert_allclose(total, policy + penalty + 0.5 * value - 0.01 * entropy, rtol=1e-3)
     assert parts["policy/clipfrac_avg"] == 0 and abs(parts["policy/approxkl_avg"]) < 1e-9
     np.testing.assert_allclose(parts["val/ratio"], 1.0, rtol=1e-5)
-    np.testing.assert_allclose(ratios, episodes.log_ratio, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(scores.terms.log_ratio, episodes.log_ratio, rtol=1e-3, atol=1e-5)
 
 
 def test_each_group_has_its_own_advantages_and_price():
@@ -294,9 +303,8 @@ def test_all_parts_of_the_loss_are_reduced_as_the_algorithm_says(group):
     """Sums over tokens per slot of the episodes, instead of per token."""
     episodes, hyper, rewards = one(group.episodes), one(group.hyper), one(group.rewards)
     goals, count = step.targets(group.program, episodes, rewards, hyper.kl_coef, hyper), float(episodes.mask.sum())
-    totals = [jax.jit(partial(step.objective, group.program._replace(reduction=reductions.REDUCTIONS[name])))(
-        one(group.params), (), group.frozen, episodes, goals, hyper, jnp.int32(12))[0]
-        for name in ("token_mean", "fixed_length")]
+    totals = [objective(group.program._replace(reduction=reductions.REDUCTIONS[name]), one(group.params), group.frozen,
+                        episodes, goals, hyper)[0] for name in ("token_mean", "fixed_length")]
     np.testing.assert_allclose(totals[1], totals[0] * count / (6 * 12), rtol=1e-5)
 
 
@@ -311,7 +319,7 @@ def test_reinforce_is_the_score_weighted_with_the_return_to_go(group):
 
     @jax.jit
     def weighted(params):
-        scores = step.score(program, params, (), group.frozen, episodes, step.caps_of(hyper), jnp.int32(12))
+        scores = scoring.score(program, params, (), group.frozen, episodes, scoring.caps_of(hyper), jnp.int32(12))
         return -(to_go * scores.terms.log_prob).sum() / mask.sum()
 
     expected = jax.grad(weighted)(one(group.params, 0))
@@ -322,7 +330,7 @@ def test_reinforce_is_the_score_weighted_with_the_return_to_go(group):
 def test_update_moves_against_the_gradient_at_the_scheduled_rate(group, usual):
     """One epoch of plain gradient descent; iteration 0 of a warm-up of three."""
     program = group.program._replace(optimizer=SGD)
-    state, metrics, _ = jax.jit(partial(step.update, program))(
+    state, metrics, *_ = jax.jit(partial(step.update, program))(
         one(fresh(group, SGD)), one(group.hyper), group.frozen, one(group.episodes), one(group.rewards), jnp.int32(12))
     np.testing.assert_allclose(metrics["optim/learning_rate"], 0.03 / 3, rtol=1e-6)
     expected = jax.tree.map(lambda g: -0.01 * g, usual)

@@ -1,10 +1,10 @@
 """The peer of `benchmarks.optimality`: TRL's RLOO on an exported model, one policy for each KL coefficient.
 
-    python -m benchmarks.trl_rloo SETTINGS.json
+    python -m benchmarks.peers.trl_rloo SETTINGS.json
 
 SETTINGS.json: {"model", "prompt", "end", "length", "episodes", "group", "epochs", "iterations", "rate", "coefficients",
-"seed", "out"}. Each policy is saved to OUT/<coefficient>, with the number of tokens that it sampled. Needs
-`pip install 'kl_reg[benchmarks]'`.
+"seed", "out"}. Each policy is saved to OUT/<coefficient>, with the number of tokens that it sampled. Runs in the
+environment of `trl.txt`.
 """
 from __future__ import annotations
 
@@ -12,33 +12,41 @@ import json
 import pathlib
 import sys
 
-import torch
-from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import RLOOConfig, RLOOTrainer
+from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from kl_reg.rewards.vader import sentiment
+
+def sentiment(analyzer: SentimentIntensityAnalyzer, text: str) -> float:
+    """kl_reg's reward "vader": (compound + 1) / 2."""
+    return (analyzer.polarity_scores(text)["compound"] + 1) / 2
 
 
 def train(settings: dict, coefficient: float, out: pathlib.Path) -> None:
     """One policy; its reward is the sentiment of the completion before the end marker."""
+    # Here, so that the reward can be tested where TRL is not installed.
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import RLOOConfig, RLOOTrainer
+
     tokenizer = AutoTokenizer.from_pretrained(settings["model"])
     (end,) = tokenizer.encode(settings["end"], add_special_tokens=False)
     tokenizer.eos_token = tokenizer.pad_token = tokenizer.convert_ids_to_tokens(end)
     model = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=torch.float32)
     model.generation_config.eos_token_id = model.generation_config.pad_token_id = end
-    sampled = []
+    analyzer, sampled = SentimentIntensityAnalyzer(), []
 
     def reward(completions, completion_ids, **kwargs):
         sampled.append(sum(map(len, completion_ids)))
-        return [sentiment(text.partition(settings["end"])[0]) for text in completions]
+        return [sentiment(analyzer, text.partition(settings["end"])[0]) for text in completions]
 
+    epochs = settings["epochs"]
     config = RLOOConfig(
         output_dir=str(out / "trainer"), seed=settings["seed"], beta=coefficient, learning_rate=settings["rate"],
-        lr_scheduler_type="linear", warmup_steps=2, max_grad_norm=1.0, per_device_train_batch_size=settings["episodes"],
-        num_generations=settings["group"], max_completion_length=settings["length"], max_steps=settings["iterations"],
-        temperature=1.0, top_p=1.0, top_k=0, num_iterations=settings["epochs"], use_cpu=True, bf16=False,
-        save_strategy="no", report_to=[], logging_steps=20, disable_tqdm=True, normalize_advantages=False)
+        lr_scheduler_type="linear", warmup_steps=2 * epochs, max_grad_norm=1.0,
+        per_device_train_batch_size=settings["episodes"], num_generations=settings["group"],
+        max_completion_length=settings["length"], max_steps=settings["iterations"] * epochs, num_iterations=epochs,
+        temperature=1.0, top_p=1.0, top_k=0, use_cpu=True, bf16=False, save_strategy="no", report_to=[],
+        logging_steps=20, disable_tqdm=True, normalize_advantages=False)
     data = Dataset.from_dict({"prompt": [settings["prompt"]] * settings["episodes"]})
     trainer = RLOOTrainer(model, reward, config, train_dataset=data, processing_class=tokenizer)
     trainer.train()

@@ -1,0 +1,64 @@
+"""What the programs of a sweep left, as one run: the directory that report, compare and optimal read."""
+from __future__ import annotations
+
+import json
+import pathlib
+import shutil
+
+from kl_reg import checkpoint, runs
+from kl_reg.analysis import report
+from kl_reg.sweeps import plan
+from kl_reg.training.sweep import hyper_of
+
+
+def gather(workdir: pathlib.Path) -> pathlib.Path:
+    """Writes config.json, members/<k>/, summary.json and the report of all programs that are done; the report's path.
+
+    Checkpoints stay with the programs. The base's row is that of the first one.
+
+    Raises:
+        FileNotFoundError: no program is done.
+        ValueError: programs were trained on different weights, rewards, environments or code.
+    """
+    sweep = plan.read(workdir)
+    with plan.locked(sweep.workdir / "logs/gather.lock"):
+        done = [number for number in range(len(sweep.programs)) if sweep.done(number)]
+        if not done:
+            raise FileNotFoundError(f"{workdir}: no program of the sweep has ended")
+        plan.write_json(sweep.workdir / "config.json", _describe(sweep, done))
+        shutil.copytree(sweep.folder(done[0]) / "members/base", sweep.workdir / "members/base", dirs_exist_ok=True)
+        hypers, rows = hyper_of(sweep.config), {}
+        for number in done:
+            base, *own = json.loads((sweep.folder(number) / "summary.json").read_text())
+            rows.setdefault(-1, base)
+            for row, member in zip(own, sweep.programs[number], strict=True):
+                shutil.copytree(sweep.folder(number) / f"members/{row['member']}", sweep.workdir / f"members/{member}",
+                                dirs_exist_ok=True)
+                rows[member] = row | {"member": member, "hyper": hypers[member]}
+        plan.write_json(sweep.workdir / "summary.json", [rows[member] for member in sorted(rows)])
+        return report.write_report(sweep.workdir)
+
+
+def _describe(sweep, done):
+    """config.json as one process would have written it."""
+    stored = {number: json.loads((sweep.folder(number) / "config.json").read_text()) for number in done}
+    first = stored[done[0]]["inputs"]
+    for number in done:
+        for key in ("base", "rewards", "environment", "student"):
+            if stored[number]["inputs"][key] != first[key]:
+                raise ValueError(f"{sweep.folder(number)} was trained with another {key} than {sweep.folder(done[0])}: "
+                                 f"{stored[number]['inputs'][key]} and {first[key]}; remove one and train it again")
+    groups = [[number for number, _ in group] for group in runs.groups(sweep.config)]
+    held = {key: [_one(sweep, stored, group, key) for group in groups] for key in ("references", "functions")}
+    inputs = checkpoint.Inputs(first["base"], first["rewards"], environment=first["environment"],
+                               student=first["student"], **held)
+    return checkpoint.describe(sweep.config, inputs, groups, stored[done[0]]["quantize"])
+
+
+def _one(sweep, stored, group, key):
+    """What the programs of one group depend on; nothing where none of them is done."""
+    found = {number: stored[number]["inputs"][key][0] for number in stored if sweep.programs[number][0] in group}
+    if len({tuple(digests) for digests in found.values()}) > 1:
+        raise ValueError(f"{sweep.workdir}: programs {', '.join(map(str, found))} were trained with different {key}; "
+                         "remove those that are out of date and train them again")
+    return next(iter(found.values()), [])

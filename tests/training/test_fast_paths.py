@@ -1,0 +1,214 @@
+"""No number depends on how it is computed. Every short cut is held against the plain path: each episode reads its own
+opening, base and policy side by side, one position after the other, one batch, gradients by automatic differentiation.
+"""
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from kl_reg import config as configs
+from kl_reg import rollout
+from kl_reg.losses import LOSSES, PER_TOKEN
+from kl_reg.models import weights
+from kl_reg.training import program as programs
+from kl_reg.training import scoring, step
+from kl_reg.types import Episodes, Frozen, Hyper, TrainState
+
+MEMBERS, EPISODES, LENGTH = 2, 4, 10
+KINDS = ("head", "lora", "full")
+
+
+class Case(NamedTuple):
+    """A program, parameters away from the start, and what they sampled [m, b, ...] along the plain path."""
+
+    program: programs.Program
+    frozen: Frozen
+    hyper: Hyper
+    params: dict
+    episodes: Episodes
+
+
+def plain(program):
+    """The program without its short cuts."""
+    return program._replace(policy=program.policy._replace(factored=None, alone=None), copies=False)
+
+
+def sample(program, case, group=2):
+    keys = rollout.member_keys(jnp.arange(MEMBERS), jnp.full(MEMBERS, 3))
+    run = programs.compile_program(program).sample
+    return run(case.params, (), case.hyper, case.frozen, keys, jnp.zeros(MEMBERS, jnp.int32), group)
+
+
+@pytest.fixture(scope="module")
+def case(tiny_folder, tmp_path_factory):
+    """kind and settings -> its case; several prompts, of different lengths, each for two episodes."""
+    file = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    file.write_text("A: hi\nhello there\nA: what a day it is\n")
+
+    @functools.cache
+    def build(kind, **settings):
+        config = configs.default()
+        config.model.path, config.policy.kind, config.policy.hidden = str(tiny_folder), kind, 8
+        config.policy.layers = 2
+        config.env.name, config.env.openings, config.env.end, config.env.length = "completion", str(file), "e", LENGTH
+        config.rl.algorithm, config.rl.group, config.rl.episodes, config.rl.epochs = "rloo", 2, EPISODES, 1
+        config.kl.placement, config.rl.entropy_coef = "loss", 0.01
+        config.update_from_flattened_dict({key.replace("__", "."): value for key, value in settings.items()})
+        static, hyper, _ = configs.split(config)
+        model = weights.load(config.model.path)     # of two layers, which compile faster
+        params = model.params | {"layers": jax.tree.map(lambda x: x[:2], model.params["layers"])}
+        model = model._replace(config=dataclasses.replace(model.config, layers=2), params=params)
+        program = programs.build(static, model)
+        hyper = jax.tree.map(lambda x: jnp.broadcast_to(x, MEMBERS), hyper)._replace(kl_coef=jnp.array([0.3, 2.0]))
+        params, rng = programs.compile_program(program).init(model.params, jnp.arange(MEMBERS), hyper).params, \
+            np.random.default_rng(0)
+        scale = {"head": 0.3, "lora": 0.1, "full": 0.05}[kind]
+        params = jax.tree.map(lambda x: x + scale * rng.standard_normal(x.shape).astype(x.dtype), params)
+        empty = Case(program, Frozen(model.params), hyper, params, None)
+        return empty._replace(episodes=sample(plain(program), empty))
+
+    return build
+
+
+def assert_same_record(got, expected):
+    np.testing.assert_array_equal(got.transcript.tokens, expected.transcript.tokens)
+    np.testing.assert_array_equal(got.transcript.roles, expected.transcript.roles)
+    for name in ("log_prob", "log_ratio", "kl", "estimate", "entropy", "value", "spent_before"):
+        np.testing.assert_allclose(getattr(got, name), getattr(expected, name), rtol=1e-4, atol=2e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_episodes_are_the_same_however_they_are_sampled(case, kind):
+    """Openings read once for a group, the base afterwards, a copy of the weights; and each of it left out."""
+    own = case(kind)
+    assert own.program.deferred and own.program.copies and not plain(own.program).deferred
+    assert np.abs(own.episodes.kl).max() > 0.01 and len(np.unique(own.episodes.mask.sum(-1))) > 1
+    assert_same_record(sample(own.program, own), own.episodes)
+
+
+@pytest.mark.parametrize("kind", ["head", "full"])
+def test_an_opening_that_all_episodes_have_is_read_once(case, kind):
+    """Beside the same opening written down twice, which nobody knows to be the same."""
+    own = case(kind)
+    one = jax.tree.map(lambda x: x[:1], own.program.env.openings)
+    two = jax.tree.map(lambda x: np.repeat(x[:1], 2, axis=0), own.program.env.openings)
+    single, double = (own.program._replace(env=own.program.env._replace(openings=x)) for x in (one, two))
+    assert single.sharing(1) == EPISODES and double.sharing(1) == 1
+    assert_same_record(sample(single, own, 1), sample(double, own, 1))
+
+
+def gradient(program, own, episodes=None, cost=scoring.PLAIN):
+    """Of member 1's loss, with what went into it."""
+    episodes = own.episodes if episodes is None else episodes
+    params, hyper, episodes = jax.tree.map(lambda x: x[1], (own.params, own.hyper, episodes))
+    rewards = jnp.where(episodes.mask, jnp.float32(np.random.default_rng(1).normal(size=episodes.mask.shape)), 0.0)
+
+    @jax.jit
+    def run(params, episodes):
+        goals = step.targets(program, episodes, rewards, hyper.kl_coef, hyper)
+        longest = episodes.mask.sum(-1).max()
+        return step.gradient(program, params, (), own.frozen, episodes, goals, hyper, longest, cost)
+
+    return run(params, episodes)
+
+
+def assert_same_gradient(got, expected, rtol=5e-4):
+    (grads, parts, scores), (other, other_parts, other_scores) = got, expected
+    for x, y in zip(jax.tree.leaves(grads), jax.tree.leaves(other), strict=True):
+        np.testing.assert_allclose(x, y, rtol=rtol, atol=rtol * max(np.abs(y).max(), 1e-3))
+    for name in parts:
+        np.testing.assert_allclose(parts[name], other_parts[name], rtol=1e-4, atol=1e-5, err_msg=name)
+    for x, y in zip(jax.tree.leaves(scores), jax.tree.leaves(other_scores), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=2e-5)
+
+
+def untouched(log_prob, old_log_prob, advantage, mask, hyper):
+    """PPO's loss, of which nobody knows that it is per token."""
+    return LOSSES["reinforce"](log_prob, old_log_prob, advantage, mask, hyper)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_the_same_however_tokens_are_read(case, kind):
+    """Each token's loss differentiated at once, or all tokens read before, in parts of few positions; with openings
+    read once for a group."""
+    own = case(kind)
+    expected = gradient(plain(own.program), own)
+    assert own.program.fused and optax.global_norm(expected[0]) > 0.1
+    several = own.program._replace(entries=300 * EPISODES * 3)
+    assert scoring.layout(several, (EPISODES, LENGTH), 300, scoring.PLAIN)[2:] == (4, 3, 1)
+    assert_same_gradient(gradient(several, own, cost=scoring.Cost(group=2)), expected)
+    apart = several._replace(loss=untouched)
+    assert untouched not in PER_TOKEN and not apart.fused and apart.parallel
+    assert_same_gradient(gradient(apart, own), expected)
+
+
+@pytest.mark.parametrize("settings", [
+    {"kl__estimator": "k3"}, {"kl__direction": "forward"}, {"kl__placement": "full", "rl__algorithm": "ppo"},
+    {"rl__reduction": "sequence_mean", "sampling__temperature": 0.7}], ids=str)
+def test_gradients_of_other_losses_are_the_same_too(case, settings):
+    own = case("head", **settings)
+    assert own.program.fused
+    assert_same_gradient(gradient(own.program, own), gradient(plain(own.program), own))
+
+
+def test_parts_of_a_minibatch_add_up(case):
+    """Two parts with different numbers of tokens."""
+    own = case("full")
+    assert own.episodes.mask[1, :2].sum() != own.episodes.mask[1, 2:].sum()
+    expected = gradient(own.program, own)
+    for program in (own.program, plain(own.program)):
+        assert_same_gradient(gradient(program._replace(accumulate=2), own, cost=scoring.Cost(group=2)), expected)
+
+
+@pytest.mark.parametrize("remat", ["layers", "products"])
+def test_recomputed_activations_change_no_gradient(case, remat):
+    own = case("full")
+    other = case("full", model__remat=remat)
+    assert_same_gradient(gradient(other.program, own), gradient(own.program, own))
+
+
+@pytest.mark.parametrize("kind", ["head", "full"])
+def test_one_minibatch_needs_no_record_of_what_was_sampled(case, kind):
+    """The whole update, where the record is made by its only minibatch, beside that of a plain program, which has the
+    record before: the same parameters, metrics and record."""
+    own = case(kind)
+    assert own.program.once and not plain(own.program).once
+    keys, rewards = rollout.member_keys(jnp.arange(MEMBERS), jnp.full(MEMBERS, 3)), own.episodes.mask * 0.5
+    results = []
+    for program in (own.program, plain(own.program)):
+        run = programs.compile_program(program)
+        state = run.init(own.frozen.base, jnp.arange(MEMBERS), own.hyper)
+        state = state._replace(params=jax.tree.map(jnp.copy, own.params), iteration=state.iteration + 3)
+        drawn = run.draw(own.params, (), own.hyper, own.frozen, keys, jnp.zeros(MEMBERS, jnp.int32), 2)
+        results.append(run.update(state, own.hyper, own.frozen, drawn, rewards * jnp.arange(EPISODES)[None, :, None]))
+    (state, parts, extreme, episodes), (other, other_parts, other_extreme, record) = results
+    assert_same_record(episodes, record)
+    for name in parts:
+        np.testing.assert_allclose(parts[name], other_parts[name], rtol=1e-3, atol=1e-5, err_msg=name)
+    for x, y, start in zip(*map(jax.tree.leaves, (state.params, other.params, own.params)), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=2e-4)         # Adam's first step is the gradient's sign
+        assert x.shape == start.shape
+    np.testing.assert_array_equal(extreme.position, other_extreme.position)
+
+
+def test_minibatches_hold_whole_groups(case):
+    """So that a group's opening is read once. Only the first group has an advantage: one minibatch of the two has a
+    gradient, however they are drawn."""
+    own = case("head")
+    count = optax.GradientTransformation(lambda params: jnp.int32(0), lambda grads, seen, params: (
+        jax.tree.map(jnp.zeros_like, grads), seen + (optax.global_norm(grads) > 0)))
+    program = own.program._replace(minibatches=2, optimizer=count)
+    assert program.cost(MEMBERS) == scoring.Cost(group=2, members=MEMBERS)
+    params, hyper, episodes = jax.tree.map(lambda x: x[1], (own.params, own.hyper, own.episodes))
+    hyper = hyper._replace(kl_coef=jnp.float32(0), entropy_coef=jnp.float32(0))
+    rewards = jnp.zeros(episodes.mask.shape).at[0, 0].set(1.0)
+    update = jax.jit(functools.partial(step.update, program))
+    for iteration in range(6):
+        state = TrainState(params, jnp.int32(0), jnp.int32(0), jnp.int32(iteration))
+        new, *_ = update(state, hyper, own.frozen, episodes, rewards, episodes.mask.sum(-1).max())
+        assert int(new.opt_state) == 1
