@@ -5,9 +5,9 @@
 
 64 sequences of 32 + 32 tokens: 16 prompts, 4 samples of each. kl_reg's row is the compiled rollout of a training
 program, one member; "separate" reads every sequence's prompt by itself, as `generate` does, and "shared" (--shared)
-samples groups of 4, whose prompt is read once. The policy "head" has one pass of the layers a token, as plain sampling
-has, and unembeds twice, because the exact KL to the base comes with the sample; "full" and "lora" have a second pass,
-the base's. Samplers take turns; a peer is a process in an environment of its own (peers/environment.py), and runs where
+samples groups of 4, whose prompt is read once. The policy "head" has one pass of the layers and one unembedding a token,
+as plain sampling has, and so have "full" and "lora" with layers of their own; the base reads the transcripts later, in
+the update. Samplers take turns; a peer is a process in an environment of its own (peers/environment.py), and runs where
 JAX does here.
 
 The roofline is the time that plain sampling needs at least: each pass of the layers, that over the prompts and one a
@@ -123,7 +123,7 @@ def report(result: dict) -> str:
     each, rows = Work(**result["work"]), []
     median = {name: float(np.median(times)) for name, times in result["seconds"].items()}
     for name, seconds in median.items():
-        title = ", ".join(f"{package} {version}" for package, version in result["versions"][name].items())
+        title = machine.listed(result["versions"][name])
         ratio = f"{median['generate'] / seconds:.2f}" if name != "generate" and "generate" in median else ""
         rows.append([f"{title}, {'prompts ' * (name != 'generate')}{name}",
                      f"{each.sequences * each.generated / seconds:.0f}", f"{seconds:.2f}",

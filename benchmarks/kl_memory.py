@@ -9,8 +9,6 @@ during one call, each in a process of its own (on Linux, from /proc; the scratch
 """
 from __future__ import annotations
 
-import argparse
-import json
 import pathlib
 import subprocess
 import sys
@@ -21,9 +19,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console, Group
-from rich.table import Table
 
+from benchmarks import machine
 from kl_reg.kl.chunked import chunked_terms
 
 KINDS = ("naive", "chunked")
@@ -116,30 +113,28 @@ def resident_rise_alone(kind: str, shape: Shape) -> int:
     return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=root).stdout)
 
 
-def report(result: dict) -> Group:
-    """The comparison as a table between two sentences; ratios are chunked over naive."""
-    shape, table = Shape(**result["shape"]), Table()
-    for column in ("", *KINDS, "ratio"):
-        table.add_column(column, justify="right" if column else "left")
+def report(result: dict) -> str:
+    """The comparison as a table in Markdown between two sentences; ratios are chunked over naive."""
+    shape, rows = Shape(**result["shape"]), []
     for label, key, unit in (("seconds, median", "seconds_median", 1), ("seconds, min", "seconds_min", 1),
                              ("compiled temp + output, MB", "compiled_bytes", 1e6),
                              ("rise of peak resident memory, MB", "resident_bytes", 1e6)):
         if key in result:
             values = [result[key][kind] / unit for kind in KINDS]
-            table.add_row(label, *(f"{value:.4g}" for value in values), f"{values[1] / values[0]:.3f}")
-    title = (f"Exact KL and its gradient: n = {shape.rows}, v = {shape.vocab}, d = {shape.width}, "
-             f"chunk {shape.chunk}, on {jax.default_backend()}")
-    accuracy = (f"Mean KL {result['mean_kl']:.4f} nats per token. Largest difference of a row's KL "
-                f"{result['largest_difference_kl']:.1e} nats, of an entry of the gradient "
-                f"{result['largest_difference_gradient']:.1e} (largest entry {result['largest_gradient']:.1e}).")
-    return Group(title, table, accuracy)
+            rows.append([label, *(f"{value:.4g}" for value in values), f"{values[1] / values[0]:.3f}"])
+    return "\n".join([
+        f"Exact KL and its gradient: n = {shape.rows}, v = {shape.vocab}, d = {shape.width}, chunk {shape.chunk}; "
+        f"{machine.ran(result)}.", "", machine.table(("", *KINDS, "ratio"), rows), "",
+        f"Mean KL {result['mean_kl']:.4f} nats per token. Largest difference of a row's KL "
+        f"{result['largest_difference_kl']:.1e} nats, of an entry of the gradient "
+        f"{result['largest_difference_gradient']:.1e} (largest entry {result['largest_gradient']:.1e}). "
+        f"{machine.disturbed(result['others'])}"])
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = machine.benchmark(__doc__)
     for name, size in (("rows", 2048), ("vocab", 49152), ("width", 576), ("chunk", 64), ("repeats", 7)):
         parser.add_argument(f"--{name}", type=int, default=size)
-    parser.add_argument("--json", type=pathlib.Path, help="write the numbers there as well")
     parser.add_argument("--resident-of", choices=KINDS, help="print only the rise of peak resident memory, bytes")
     parser.add_argument("--no-resident", action="store_true", help="leave that out")
     options = parser.parse_args(argv)
@@ -147,12 +142,12 @@ def main(argv=None):
     if options.resident_of:
         print(resident_rise(options.resident_of, shape))
         return
+    watch = machine.Watch()
     result = compare(shape, options.repeats)
     if not options.no_resident:
         result["resident_bytes"] = {kind: resident_rise_alone(kind, shape) for kind in KINDS}
-    Console(width=120).print(report(result))
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    result |= {"machine": machine.about(), "others": watch.others(), "versions": machine.versions()}
+    machine.tell(result, report(result), options.json)
 
 
 if __name__ == "__main__":

@@ -29,10 +29,20 @@ def versions(*packages: str) -> dict[str, str]:
         "python": platform.python_version()}
 
 
+def listed(versions: dict[str, str]) -> str:
+    """Packages and versions as part of a sentence."""
+    return ", ".join(f"{package} {version}" for package, version in versions.items())
+
+
 def where(machine: dict) -> str:
     """What `about` tells, as part of a sentence."""
     device = "" if machine["device"] == "cpu" else f", {machine['devices']} x {machine['device']}"
     return f"{machine['processor']}, {machine['cores']} cores{device}"
+
+
+def ran(result: dict) -> str:
+    """Versions and machine of a result as part of a sentence."""
+    return f"{listed(result['versions'])}; {where(result['machine'])}"
 
 
 class Watch:

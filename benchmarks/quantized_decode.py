@@ -9,9 +9,6 @@ of the parameters, and what the compiled loop asks for beside its inputs, where 
 """
 from __future__ import annotations
 
-import argparse
-import json
-import pathlib
 import time
 from functools import partial
 from typing import NamedTuple
@@ -19,9 +16,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console, Group
-from rich.table import Table
 
+from benchmarks import machine
 from kl_reg.models import decoder, quantize, weights
 
 KINDS = ("float", "int8")
@@ -82,36 +78,33 @@ def compare(path: str, dtype: str, shape: Shape, repeats: int) -> dict:
             "decode_temp_bytes": {kind: programs[kind][1].memory_analysis().temp_size_in_bytes for kind in KINDS}}
 
 
-def report(result: dict) -> Group:
-    """The comparison as a table between two sentences; ratios are int8 over float."""
-    shape, table = Shape(**result["shape"]), Table()
-    for column in ("", *KINDS, "ratio"):
-        table.add_column(column, justify="right" if column else "left")
+def report(result: dict) -> str:
+    """The comparison as a table in Markdown between two sentences; ratios are int8 over float."""
+    shape, rows, kl = Shape(**result["shape"]), [], result["kl"]
     for label, key, unit in (("decode, tokens per second", "decode_tokens_per_second", 1),
                              ("prefill, tokens per second", "prefill_tokens_per_second", 1),
                              ("weights, MB", "weights_bytes", 1e6),
                              ("temporary memory of decode, MB", "decode_temp_bytes", 1e6)):
         values = [result[key][kind] / unit for kind in KINDS]
-        table.add_row(label, *(f"{value:.4g}" for value in values), f"{values[1] / values[0]:.3f}")
-    title = (f"{result['model']} in {result['dtype']}: {shape.rows} rows, prompts of {shape.prompt} tokens, "
-             f"{shape.tokens} decoded, on {jax.default_backend()}")
-    kl = result["kl"]
-    return Group(title, table, f"KL to the float model {kl['to_float']:.3g} ± {kl['to_float_se']:.1g} nats per token.")
+        rows.append([label, *(f"{value:.4g}" for value in values), f"{values[1] / values[0]:.3f}"])
+    return "\n".join([
+        f"{result['model']} in {result['dtype']}: {shape.rows} rows, prompts of {shape.prompt} tokens, {shape.tokens} "
+        f"decoded; {machine.ran(result)}.", "", machine.table(("", *KINDS, "ratio"), rows), "",
+        f"KL to the float model {kl['to_float']:.3g} ± {kl['to_float_se']:.1g} nats per token. "
+        f"{machine.disturbed(result['others'])}"])
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = machine.benchmark(__doc__)
     parser.add_argument("--model", default="embedded")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     for name, size in (("rows", 8), ("prompt", 64), ("tokens", 64), ("repeats", 5)):
         parser.add_argument(f"--{name}", type=int, default=size)
-    parser.add_argument("--json", type=pathlib.Path, help="write the numbers there as well")
-    options = parser.parse_args(argv)
+    options, watch = parser.parse_args(argv), machine.Watch()
     result = compare(options.model, options.dtype, Shape(options.rows, options.prompt, options.tokens),
                      options.repeats)
-    Console(width=120).print(report(result))
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    result |= {"machine": machine.about(), "others": watch.others(), "versions": machine.versions()}
+    machine.tell(result, report(result), options.json)
 
 
 if __name__ == "__main__":

@@ -105,7 +105,7 @@ def report(result: dict) -> str:
     """A table in Markdown between sentences."""
     each, rows = Work(**result["work"]), []
     for name, times in result["median"].items():
-        title = ", ".join(f"{package} {version}" for package, version in result["versions"][name].items())
+        title = machine.listed(result["versions"][name])
         ratio = ["", ""] if name == "kl_reg" else [f"{result['ratio'][name]:.2f}", f"{result['goal']:g}"]
         rows.append([title, *(f"{times[phase]:.2f}" for phase in ("step", *PHASES)), f"{result['of_peak'][name]:.0%}",
                      *ratio])

@@ -86,10 +86,9 @@ def report(result: dict) -> str:
         rate = int(members) * each.sequences * each.generated / whole[members]
         rows.append([members, *(f"{x:.2f}" for x in (whole[members], *phases)), f"{whole[members] / whole['1']:.2f}",
                      "" if goal is None else f"{goal:g}", f"{rate:.0f}"])
-    told = ", ".join(f"{package} {version}" for package, version in result["versions"].items())
     return "\n".join([
         f"{result['model']}, policy {result['policy']}: {each.sequences} episodes a member of {each.prompt} + "
-        f"{each.generated} tokens, float32; {told}; {machine.where(result['machine'])}. Seconds an iteration, "
+        f"{each.generated} tokens, float32; {machine.ran(result)}. Seconds an iteration, "
         f"median of {len(result['seconds']['1'])}; ratio to one member.", "",
         machine.table(("members", "iteration", *PHASES, "ratio", "goal, at most", "tokens/s"), rows), "",
         machine.disturbed(result["others"])])

@@ -1,4 +1,4 @@
-"""What a run tells: a progress bar, JSON lines and TensorBoard scalars."""
+"""What a run tells: a progress bar, JSON lines and TensorBoard scalars; and which functions it compiled."""
 from __future__ import annotations
 
 import collections
@@ -6,7 +6,9 @@ import contextlib
 import json
 import pathlib
 import time
+from collections.abc import Iterator
 
+import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
@@ -51,6 +53,23 @@ def progress_bar(name: str, total: int, done: int = 0):
                TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[values]}"))
     with Progress(*columns, console=Console(), refresh_per_second=4, disable=not Console().is_terminal) as progress:
         yield Bar(progress, progress.add_task(name, total=total, completed=done, values=""), total, done)
+
+
+@contextlib.contextmanager
+def compilations() -> Iterator[list[str]]:
+    """A list that gets the name of every function that JAX compiles in the block, in any thread of this process; one
+    that it finds in the persistent cache counts, too."""
+    names = []
+
+    def listen(event, seconds, fun_name="", **about):
+        if event == "/jax/core/compile/backend_compile_duration":
+            names.append(fun_name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield names
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 class MemberLog:

@@ -1,8 +1,11 @@
-"""What the training commands share: flags, one-line errors, and the closing lines."""
+"""What the training commands share: flags, one-line errors, the closing lines, and where compilations are kept."""
 from __future__ import annotations
 
 import argparse
+import os
+import pathlib
 import sys
+import time
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -10,6 +13,18 @@ from rich.console import Console
 from rich.table import Table
 
 flags.disclaim_key_flags()     # --help of a command lists them as its own
+
+_BEGAN = time.monotonic()
+
+
+def keep_compilations() -> None:
+    """Has JAX keep what it compiles in $XDG_CACHE_HOME/kl_reg/xla, ~/.cache/kl_reg/xla by default, unless another place
+    was chosen. Variables and not jax.config, because JAX is imported later, and for the processes that are started."""
+    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "kl_reg/xla"))
+
+
+keep_compilations()
 
 
 class Parser(argparse.ArgumentParser):
@@ -78,7 +93,7 @@ def run(argv, config, workdir: str) -> None:
     """Trains and prints the summary."""
     import kl_reg
 
-    result = guarded(argv, lambda: kl_reg.train(config, workdir=workdir))
+    result = guarded(argv, lambda: kl_reg.train(config, workdir=workdir, began=_BEGAN))
     print_summary(result.summary, result.workdir, result.report, result.tokens_per_second)
 
 

@@ -1,5 +1,5 @@
-"""A decoder-only transformer with the switches that model families differ in: one Flax block (block.py), scanned over layers
-for whole sequences, unrolled for one token at a time.
+"""A decoder-only transformer with the switches that model families differ in: one Flax block (block.py), scanned over
+layers for whole sequences, unrolled for one token at a time.
 
 Parameters are a pytree {"embed": [v, d], "layers": {... each [layers, ...]}, "norm": {"scale": [d], ...}}, with
 "positions" [p, d] where positions are learned and "unembed" [v, d] where the embeddings are not tied. An adapter is a

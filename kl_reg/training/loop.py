@@ -38,7 +38,8 @@ class Result(NamedTuple):
 
 
 def train(config: ConfigDict, reward_fn: Callable | Sequence[Callable] | None = None,
-          workdir: str | pathlib.Path = "runs/latest", loss_fn: Callable | None = None) -> Result:
+          workdir: str | pathlib.Path = "runs/latest", loss_fn: Callable | None = None,
+          began: float | None = None) -> Result:
     """Trains all members of `config.sweep` (one, if it is empty), evaluates them and the base, and writes the report.
 
     Resumes from the last checkpoint in `workdir`; a finished run is evaluated and reported again.
@@ -49,12 +50,14 @@ def train(config: ConfigDict, reward_fn: Callable | Sequence[Callable] | None = 
             list[float | None], sync or async, called with what the environment has scored; or several, to be added up.
         workdir: for config.json, members/<k>/, checkpoints/, summary.json, figures/ and report.html.
         loss_fn: instead of `config.rl.loss`: fn(log_prob, old_log_prob, advantage, mask, hyper) -> [k], of one stream.
+        began: `time.monotonic()` from which the time to the first update counts that is printed; None: now.
 
     Raises:
         ValueError: a setting is wrong, or the reward function or the training gave no finite number.
         FileNotFoundError: the model folder is missing.
         FileExistsError: `workdir` holds another experiment.
     """
+    began = time.monotonic() if began is None else began
     config = config.copy_and_resolve_references()
     weighted = config.reward.weights
     if reward_fn is not None:                   # whatever else was named is not used
@@ -91,7 +94,7 @@ def train(config: ConfigDict, reward_fn: Callable | Sequence[Callable] | None = 
     saved = checkpoint.Checkpoints(workdir / "checkpoints", resolved, config.checkpoint.keep)
     states = saved.restore(states)
     try:
-        rates = _iterate(config, groups, states, judges, workdir, saved)
+        rates = _iterate(config, groups, states, judges, workdir, saved, began)
     finally:
         saved.close()
     summary = _evaluate(config, groups, states, model, judges, workdir)
@@ -102,19 +105,24 @@ def train(config: ConfigDict, reward_fn: Callable | Sequence[Callable] | None = 
                   float(np.median(rates)) if rates else None)
 
 
-def _iterate(config, groups, states, judges, workdir, saved):
+def _iterate(config, groups, states, judges, workdir, saved, start):
     """Runs the iterations that are left; `states` is updated in place, one entry a group. Tokens per second of each."""
     done = int(states[0].iteration[0])
-    hypers, rates = sweep.hyper_of(config), []
+    hypers, rates, late = sweep.hyper_of(config), [], set()
     logs = [metrics.MemberLog(workdir / f"members/{i}", hyper, done, config.log.tensorboard)
             for i, hyper in enumerate(hypers)]
-    with metrics.progress_bar("train", config.rl.iterations, done) as bar, ThreadPoolExecutor(1) as worker:
+    with metrics.progress_bar("train", config.rl.iterations, done) as bar, ThreadPoolExecutor(1) as worker, \
+            metrics.compilations() as compiled:
         if done:
             bar.log(f"{workdir}: already trained for {done} of {config.rl.iterations} iterations")
         for iteration in range(done, config.rl.iterations):
-            began = time.monotonic()
+            began, before = time.monotonic(), len(compiled)
             rows = _iteration(groups, states, judges, worker)
             seconds = time.monotonic() - began
+            if iteration == done:
+                bar.log(f"first update after {time.monotonic() - start:.1f} s")
+            if iteration > done + 1:
+                _tell_compiled(bar, iteration, compiled[before:], late)
             rates.append(sum(row["tokens"] for row in rows.values()) / seconds)
             for number, row in rows.items():
                 logs[number].write({"iteration": iteration, **row, "seconds": seconds, "tokens_per_second": rates[-1]})
@@ -125,6 +133,15 @@ def _iterate(config, groups, states, judges, workdir, saved):
     for log in logs:
         log.close()
     return rates
+
+
+def _tell_compiled(bar, iteration, names, told):
+    """Says that an iteration compiled what two before it should have, once for each function; `told` is added to."""
+    new = sorted(set(names) - told)
+    if new:
+        told.update(new)
+        bar.log(f"iteration {iteration}: {len(names)} compilations, among them {', '.join(new)}; behind the second "
+                "iteration nothing should compile (docs/performance.md)")
 
 
 def _iteration(groups, states, judges, worker):

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -14,6 +15,12 @@ from benchmarks import machine
 def test_a_table_is_markdown():
     assert machine.table(("what", "s"), [("a", "1.0"), ("b", "2.0")]) == (
         "| what | s |\n| --- | ---: |\n| a | 1.0 |\n| b | 2.0 |")
+
+
+def test_versions_are_listed():
+    told = machine.versions("numpy")
+    assert list(told) == ["kl_reg", "jax", "numpy", "python"] and told["jax"] == jax.__version__
+    assert machine.listed({"a": "1", "b": "2.0"}) == "a 1, b 2.0"
 
 
 def test_where_names_devices_beside_a_processor():

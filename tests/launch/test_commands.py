@@ -1,9 +1,12 @@
 import json
+import os
 import pathlib
 import subprocess
 import sys
 
 import pytest
+
+from launch import command as commands
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -33,6 +36,8 @@ def test_one_member_trains_and_a_second_call_finds_it_done(small, tmp_path):
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert [row["member"] for row in summary] == ["base", 0] and summary[1]["hyper"]["kl.budget"] == 20.0
     assert first.stdout.strip().endswith(f"report  {tmp_path}/run/report.html")
+    said = first.stdout.splitlines()
+    assert said[0].startswith("first update after ") and said[1].startswith("2/2  return ")     # benchmarks.startup
     second = launch("train", *small, "--config.kl.budget=20.", f"--workdir={tmp_path}/run")
     assert second.returncode == 0 and "already trained" in second.stdout
     assert json.loads((tmp_path / "run/summary.json").read_text()) == summary
@@ -47,3 +52,19 @@ def test_a_wrong_call_is_one_line(small, tmp_path, argument, says):
     done = launch("train", *small, argument, f"--workdir={tmp_path}/run")
     assert done.returncode != 0 and says in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_compilations_are_kept_where_the_user_says(monkeypatch, tmp_path):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    commands.keep_compilations()
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == f"{tmp_path}/kl_reg/xla"
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "elsewhere")
+    commands.keep_compilations()
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "elsewhere"
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", "/home/somebody")
+    commands.keep_compilations()
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "/home/somebody/.cache/kl_reg/xla"

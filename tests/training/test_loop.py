@@ -1,7 +1,11 @@
+import contextlib
+import io
 import json
+import re
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -19,7 +23,7 @@ def reward(prompts, completions, completion_ids):
 def config(tiny_folder):
     config = configs.default()
     config.model.path = str(tiny_folder)
-    config.env.opening, config.env.length = "<|start|>A: hi\n", 16
+    config.env.opening, config.env.length, config.env.turns = "<|start|>A: hi\n", 24, 2
     config.rl.iterations, config.rl.episodes, config.evaluation.episodes = 4, 4, 10
     config.policy.hidden, config.checkpoint.every, config.log.tensorboard = 8, 2, True
     config.optim.learning_rate = 1e-2
@@ -28,9 +32,33 @@ def config(tiny_folder):
     return config
 
 
+def trained(config, reward, workdir):
+    """The result, and what was printed meanwhile."""
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        return kl_reg.train(config, reward, workdir), said.getvalue().splitlines()
+
+
 @pytest.fixture(scope="module")
-def whole(config, tmp_path_factory):
-    return kl_reg.train(config, reward, tmp_path_factory.mktemp("whole") / "run")
+def whole_and_said(config, tmp_path_factory):
+    return trained(config, reward, tmp_path_factory.mktemp("whole") / "run")
+
+
+@pytest.fixture(scope="module")
+def whole(whole_and_said):
+    return whole_and_said[0]
+
+
+@pytest.fixture(scope="module")
+def alone_and_said(config, tmp_path_factory):
+    """Member 1 by itself; its reward compiles something in every iteration."""
+    config, sizes = config.copy_and_resolve_references(), []
+    config.sweep, config.kl.coef = [], 0.3
+
+    def compiles(prompts, completions, completion_ids):
+        sizes.append(jnp.ones(1000 + len(sizes)).shape)
+        return reward(prompts, completions, completion_ids)
+
+    return trained(config, compiles, tmp_path_factory.mktemp("alone") / "run")
 
 
 def lines(result, member):
@@ -97,14 +125,35 @@ def test_a_finished_run_is_reported_again_without_training(whole, config):
     assert again.summary == whole.summary
 
 
-def test_a_member_of_the_sweep_equals_its_solo_run(whole, config, tmp_path):
-    solo = config.copy_and_resolve_references()
-    solo.sweep, solo.kl.coef = [], 0.3
-    alone = kl_reg.train(solo, reward, tmp_path / "solo")
+def test_a_member_of_the_sweep_equals_its_solo_run(whole, alone_and_said):
+    alone, _ = alone_and_said
     for ours, theirs in zip(lines(alone, 0), lines(whole, 1), strict=True):
         for key in ("return", "kl/nats_per_episode", "loss/policy_avg"):
             np.testing.assert_allclose(ours[key], theirs[key], rtol=1e-3, atol=1e-5)
     chex.assert_trees_all_close(alone.params[0], whole.params[1], rtol=1e-3, atol=1e-5)
+
+
+def test_nothing_compiles_behind_the_second_iteration(whole_and_said):
+    """Four iterations of three programs, whose episodes are longer in some than in others."""
+    result, said = whole_and_said
+    assert all(len({row["tokens"] for row in lines(result, member)}) > 1 for member in range(5))
+    assert said[0].startswith("first update after ") and not [line for line in said if "compilations" in line]
+
+
+def test_what_compiles_late_is_said_once(alone_and_said):
+    (line,) = [line for line in alone_and_said[1] if "compil" in line]
+    assert re.fullmatch(r"iteration [23]: 1 compilations, among them jit\(broadcast_in_dim\); behind the second "
+                        r"iteration nothing should compile \(docs/performance.md\)", line)
+
+
+def test_compilations_are_counted_and_calls_are_not():
+    double = jax.jit(lambda x: 2 * x)
+    inputs = np.ones(3), np.ones(4), np.ones(4)
+    with metrics.compilations() as names:
+        for x in inputs:
+            double(x)
+    double(np.ones(5))
+    assert names == ["jit(<lambda>)"] * 2
 
 
 def test_training_moves_the_policy_towards_more_reward(whole):
