@@ -5,10 +5,10 @@
 
 64 sequences of 32 + 32 tokens: 16 prompts, 4 samples of each. kl_reg's row is the compiled rollout of a training
 program, one member; "separate" reads every sequence's prompt by itself, as `generate` does, and "shared" (--shared)
-samples groups of 4, whose prompt is read once. The policy "head" has one pass of the layers and one unembedding a token,
-as plain sampling has, and so have "full" and "lora" with layers of their own; the base reads the transcripts later, in
-the update. Samplers take turns; a peer is a process in an environment of its own (peers/environment.py), and runs where
-JAX does here.
+samples groups of 4, whose prompt is read once. The policy "head" has one pass of the layers and one unembedding a
+token, as plain sampling has, and so have "full" and "lora" with layers of their own; the base reads the transcripts
+later, in the update. Samplers take turns; a peer is a process in an environment of its own (peers/environment.py), and
+runs where JAX does here.
 
 The roofline is the time that plain sampling needs at least: each pass of the layers, that over the prompts and one a
 token, takes the longer of its FLOPs at the rate of the best matrix product, and of its bytes, weights and cache read
