@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import pathlib
 import subprocess
-import tempfile
 
 import numpy as np
 from rich import box
@@ -28,19 +27,16 @@ ROOT = pathlib.Path(__file__).parents[1]      # `benchmarks` is not installed
 PEER = {"group": 16, "epochs": 1, "rate": 3e-4, "coefficients": [0.01, 0.03, 0.09]}
 
 
-def measure(seed: int) -> dict:
-    """{"holds", "rows", "report"}: `holds` where ours is ahead at each KL."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = pathlib.Path(name)
-        config = sentiment_completion.get_config()
-        config.sweep = [entry | {"seed": (seed,)} for entry in config.sweep]
-        ours = kl_reg.train(config, workdir=folder / "ours")
-        tokens = sum(json.loads(line)["tokens"] for line in
-                     (folder / "ours/members/0/metrics.jsonl").read_text().splitlines())
-        peers = _peer(config, folder, seed)
-        beside = [str(path) for path in peers]
-        report = efficiencies.measure(str(ours.workdir), EPISODES, beside=beside)
-        sampled = [json.loads((path / "sampled.json").read_text())["tokens"] for path in peers]
+def measure(seed: int, folder: pathlib.Path) -> dict:
+    """{"holds", "rows", "report"}: `holds` where ours is ahead at each KL. Policies that `folder` has are not trained
+    again."""
+    config = sentiment_completion.get_config()
+    config.sweep = [entry | {"seed": (seed,)} for entry in config.sweep]
+    ours = kl_reg.train(config, workdir=folder / "ours")
+    tokens = [_tokens(folder / f"ours/members/{i}") for i in range(len(ours.params))]
+    peers = _peer(config, folder, seed)
+    report = efficiencies.measure(str(ours.workdir), EPISODES, beside=[str(path) for path in peers])
+    sampled = [json.loads((path / "sampled.json").read_text())["tokens"] for path in peers]
     for row, coefficient in zip(report["members"][-len(peers):], PEER["coefficients"], strict=True):
         row["title"] = f"TRL RLOO, beta {coefficient}"
     rows = [_at(report, nats, own) for nats in NATS for own in (True, False)]
@@ -49,6 +45,11 @@ def measure(seed: int) -> dict:
     report["run"] = "configs/sentiment_completion.py"
     return {"holds": holds, "seed": seed, "tokens": {"kl_reg": tokens, "TRL RLOO": sampled}, "peer": PEER, "rows": rows,
             "report": report}
+
+
+def _tokens(member):
+    """That it sampled in training."""
+    return sum(json.loads(line)["tokens"] for line in (member / "metrics.jsonl").read_text().splitlines())
 
 
 def _peer(config, folder, seed):
@@ -91,9 +92,10 @@ def report(result: dict) -> Group:
         equal.add_row(f"{row['nats']:g}", row["trainer"], "-" if row["reward"] is None else f"{row['reward']:.4f}",
                       _percent(row["efficiency"]), "-" if row["ess"] is None else f"{row['ess']:.0f}")
     tokens = result["tokens"]
-    title = (f"Sentiment of one reply, embedded model; tokens sampled by a policy: kl_reg {tokens['kl_reg']}, TRL RLOO "
-             f"{', '.join(map(str, tokens['TRL RLOO']))}. Efficiency: KL of the best policy with the same reward over "
-             "the policy's; effective samples of the frontier's point where that reward is.")
+    sampled = "; ".join(f"{name} {', '.join(map(str, counts))}" for name, counts in tokens.items())
+    title = (f"Sentiment of one reply, embedded model; tokens sampled by each policy: {sampled}. Efficiency: KL of the "
+             "best policy with the same reward over the policy's; effective samples of the frontier's point where that "
+             "reward is.")
     return Group(title, policies, equal, f"kl_reg is {'' if result['holds'] else 'not '}ahead at each KL.")
 
 

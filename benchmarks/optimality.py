@@ -1,6 +1,6 @@
 """How near each algorithm comes to the exact optimum of KL-regularised RL: three small tasks that can be enumerated.
 
-    python -m benchmarks.optimality [--seed 0] [--out benchmarks/results]
+    python -m benchmarks.optimality [--parts tabular completion] [--seed 0] [--workdir DIR] [--out benchmarks/results]
 
 A random language model of 8 tokens writes episodes of 4. Every algorithm finetunes all its weights on J = reward - lam
 KL; what the policy says is then read at all histories and evaluated without sampling, beside the base, J(beta), and
@@ -144,18 +144,18 @@ def compare(tree: Tree, lam: float, log_policy) -> dict:
             "efficiency": None if np.isnan(efficient) else efficient}
 
 
-def measure(seed: int) -> dict:
-    """Trains everything: {"holds", "tasks", "rows"}, a row for each task and run."""
+def measure(seed: int, folder: pathlib.Path) -> dict:
+    """Trains everything: {"holds", "tasks", "rows"}, a row for each task and run. `folder` gets the language model."""
     rows = []
-    with tempfile.TemporaryDirectory() as folder, metrics.progress_bar("optimality", len(RUNS)) as bar:
-        make_model(pathlib.Path(folder), VOCAB, 0)
-        model = weights.load(folder)
+    with metrics.progress_bar("optimality", len(RUNS)) as bar:
+        make_model(folder, VOCAB, 0)
+        model = weights.load(str(folder))
         empty = enumerate_model(model.config, model.params, (0,), HORIZON, np.zeros(SEQUENCES))
         tasks = make_tasks(empty.log_base)
         trees = {name: empty._replace(reward=task.reward) for name, task in tasks.items()}
         for run in RUNS:
             began = time.monotonic()
-            config = experiment(pathlib.Path(folder), run, tasks, seed)
+            config = experiment(folder, run, tasks, seed)
             group, params = train(config, model, np.stack([task.reward for task in tasks.values()]))
             seconds = time.monotonic() - began
             for i, (name, tree) in enumerate(trees.items()):
@@ -193,7 +193,8 @@ def report(result: dict) -> Group:
 
 
 PARTS = {"tabular": (measure, report), "completion": (completion_frontier.measure, completion_frontier.report)}
-"""measure(seed) -> a dictionary for JSON, whose "holds" says whether all limits hold; report(it) -> what is printed."""
+"""measure(seed, folder) -> a dictionary for JSON, whose "holds" says whether all limits hold; report(it) -> what is
+printed."""
 
 
 def main(argv=None) -> int:
@@ -201,17 +202,21 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", nargs="+", choices=tuple(PARTS), default=tuple(PARTS))
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workdir", type=pathlib.Path, help="what is trained lies in DIR/<part>, and a second call of "
+                        "the completion part goes on from there (default: a temporary folder)")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results"),
                         help="folder for optimality_<part>.json")
     options = parser.parse_args(argv)
     options.out.mkdir(parents=True, exist_ok=True)
     holds = True
-    with tempfile.TemporaryDirectory() as cache:
+    with tempfile.TemporaryDirectory() as scratch:
         if not jax.config.jax_compilation_cache_dir:        # programs that differ in their loss alone sample alike
-            jax.config.update("jax_compilation_cache_dir", cache)
+            jax.config.update("jax_compilation_cache_dir", scratch)
         for part in options.parts:
             run, show = PARTS[part]
-            result = run(options.seed)
+            folder = (options.workdir or pathlib.Path(scratch)) / part
+            folder.mkdir(parents=True, exist_ok=True)
+            result = run(options.seed, folder)
             Console(width=120).print(show(result))
             (options.out / f"optimality_{part}.json").write_text(json.dumps(result, indent=1) + "\n")
             holds &= result["holds"]

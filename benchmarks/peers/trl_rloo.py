@@ -3,8 +3,8 @@
     python -m benchmarks.peers.trl_rloo SETTINGS.json
 
 SETTINGS.json: {"model", "prompt", "end", "length", "episodes", "group", "epochs", "iterations", "rate", "coefficients",
-"seed", "out"}. Each policy is saved to OUT/<coefficient>, with the number of tokens that it sampled. Runs in the
-environment of `trl.txt`.
+"seed", "out"}. Each policy is saved to OUT/<coefficient>, with the number of tokens that it sampled; one that is there
+already is kept. Runs in the environment of `trl.txt`.
 """
 from __future__ import annotations
 
@@ -52,10 +52,23 @@ def train(settings: dict, coefficient: float, out: pathlib.Path) -> None:
     trainer.train()
     trainer.model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    (out / "sampled.json").write_text(json.dumps({"tokens": sum(sampled)}))
+    (out / "sampled.json").write_text(json.dumps({"tokens": sum(sampled), "settings": policy_of(settings)}))
+
+
+def policy_of(settings: dict) -> dict:
+    """What a policy depends on, beside its coefficient."""
+    return {key: value for key, value in settings.items() if key not in ("coefficients", "out")}
+
+
+def finished(settings: dict, out: pathlib.Path) -> bool:
+    """Whether this policy is there."""
+    file = out / "sampled.json"
+    return file.is_file() and json.loads(file.read_text())["settings"] == policy_of(settings)
 
 
 if __name__ == "__main__":
     settings = json.loads(pathlib.Path(sys.argv[1]).read_text())
     for coefficient in settings["coefficients"]:
-        train(settings, coefficient, pathlib.Path(settings["out"]) / str(coefficient))
+        out = pathlib.Path(settings["out"]) / str(coefficient)
+        if not finished(settings, out):
+            train(settings, coefficient, out)

@@ -23,8 +23,9 @@ def test_a_reward_between_two_policies_and_the_kl_that_it_needs():
 def test_beyond_the_farthest_policy_there_is_no_number():
     row = completion_frontier._at(REPORT, 6.0, False)
     assert row["reward"] is None and row["efficiency"] is None
-    result = {"holds": False, "tokens": {"kl_reg": 5, "TRL RLOO": [6]}, "report": REPORT, "rows": [row]}
+    result = {"holds": False, "tokens": {"kl_reg": [5, 7], "TRL RLOO": [6]}, "report": REPORT, "rows": [row]}
     console = Console(width=120)
     with console.capture() as capture:
         console.print(completion_frontier.report(result))
     assert "kl_reg is not ahead at each KL." in capture.get() and "at 8.0" in capture.get()
+    assert "kl_reg 5, 7; TRL RLOO 6." in capture.get()

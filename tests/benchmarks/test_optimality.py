@@ -141,7 +141,7 @@ def test_a_missed_limit_is_named_and_is_an_error(tmp_path, capsys, monkeypatch):
            "gap_closed": 0.9, "limit": 0.95, "nats_per_episode": 1.5, "efficiency": 0.8, "episodes": 64, "seconds": 2.0}
     result = {"holds": False, "seed": 0, "lam": {"dense": 0.3}, "rows": [row, row | {"algorithm": "awr", "limit": 0.9,
                                                                                "efficiency": None}]}
-    monkeypatch.setitem(optimality.PARTS, "tabular", (lambda seed: result, optimality.report))
+    monkeypatch.setitem(optimality.PARTS, "tabular", (lambda seed, folder: result, optimality.report))
     assert optimality.main(["--parts", "tabular", "--out", str(tmp_path)]) == 1
     printed = capsys.readouterr().out
     assert "Below the limit: ppo (k1, reward) on dense." in printed and "90.0%" in printed
