@@ -8,7 +8,7 @@ is SmolLM2-135M (`python -m launch.fetch smollm2`), "tiny" a random Llama of 4 l
 vocabulary. All trainers read the same folder, run where JAX does here, and take turns, one step each; a peer is a
 process in an environment of its own, made at first use (peers/environment.py). Compilation and warm-up do not count.
 KL: peers have k3, kl_reg the exact one or, with --kl=k3, the same. --policy=head is the paper's head on the frozen
-trunk; peers finetune everything then, too. The reference is read in "rollout" by kl_reg and in "reward" by the peers.
+trunk; peers finetune everything then, too. The reference is read in "update" by kl_reg and in "reward" by the peers.
 With --torch-compile TRL compiles its model, which takes minutes of several warm-up steps (--warmup 5).
 """
 from __future__ import annotations
