@@ -1,14 +1,14 @@
 """Tokens per second of the rollout alone, beside torch's `generate`, and how near both are to the hardware's limit.
 
-    python -m benchmarks.decode [--model=smollm2|tiny] [--policy=full|head|lora] [--shared] [--dtype=float32]
+    python -m benchmarks.decode [--model=smollm2|tiny] [--policy=head|full|lora] [--shared] [--dtype=float32]
                                 [--steps 5] [--json FILE]
 
 64 sequences of 32 + 32 tokens: 16 prompts, 4 samples of each. kl_reg's row is the compiled rollout of a training
 program, one member; "separate" reads every sequence's prompt by itself, as `generate` does, and "shared" (--shared)
-samples groups of 4, whose prompt is read once. The policy is "full", whose tokens cost what plain sampling costs, one
-pass of the layers and one unembedding: the base is read afterwards, in the update. "head" adds its actor to that,
-"lora" its low-rank products. Samplers take turns; a peer is a process in an environment of its own
-(peers/environment.py), and runs where JAX does here.
+samples groups of 4, whose prompt is read once. The policy "head" has one pass of the layers and one unembedding a
+token, as plain sampling has, and so have "full" and "lora" with layers of their own; the base reads the transcripts
+later, in the update. Samplers take turns; a peer is a process in an environment of its own (peers/environment.py), and
+runs where JAX does here.
 
 The roofline is the time that plain sampling needs at least: each pass of the layers, that over the prompts and one a
 token, takes the longer of its FLOPs at the rate of the best matrix product, and of its bytes, weights and cache read
@@ -144,7 +144,7 @@ def report(result: dict) -> str:
 def main(argv=None) -> None:
     parser = machine.benchmark(__doc__)
     parser.add_argument("--model", choices=tuple(work.WORK), default="smollm2")
-    parser.add_argument("--policy", choices=("full", "head", "lora"), default="full")
+    parser.add_argument("--policy", choices=("head", "full", "lora"), default="head")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--shared", action="store_true", help="also with prompts that a group shares")
     parser.add_argument("--alone", action="store_true", help="without torch")

@@ -13,6 +13,7 @@ from kl_reg.kl import controllers, estimators
 from kl_reg.kl.references import CUTS
 from kl_reg.losses import reductions
 from kl_reg.models import lora, policies, reference, weights
+from kl_reg.models.block import REMATS
 
 _SHARED = ("sweep", "model", "env", "reward", "sampling", "evaluation", "checkpoint", "log", "rl.iterations")
 """Settings that all members of a sweep share: they have one base model, one task and one evaluation."""
@@ -77,6 +78,9 @@ def _validate_member(config):
         raise ValueError(f"model.dtype={config.model.dtype!r}: choose 'float32' or 'bfloat16'")
     if config.model.quantize not in ("", "int8"):
         raise ValueError(f"model.quantize={config.model.quantize!r}: choose '' or 'int8'")
+    for name, choices in (("cache", ("", "bfloat16", "int8")), ("remat", tuple(REMATS))):
+        if config.model[name] not in choices:
+            raise ValueError(f"model.{name}={config.model[name]!r}: choose of {', '.join(map(repr, choices))}")
     _validate_algorithm(config.rl)
     _validate_policy(config)
     _validate_kl(config, values, given)

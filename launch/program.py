@@ -6,6 +6,7 @@ Resumes from the program's last checkpoint. What it prints is in WORKDIR/logs/3.
 the sweep.
 """
 import pathlib
+import signal
 import sys
 
 from launch import command
@@ -22,6 +23,7 @@ def _run(argv):
     args = parser.parse_args(argv)
     from kl_reg.sweeps import job
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))     # so that it is on record, and checkpoints are whole
     try:
         job.run(args.workdir, args.number)
     except job.ProgramFailed as error:

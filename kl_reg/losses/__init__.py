@@ -27,7 +27,7 @@ LOSSES.register("gspo", gspo)
 LOSSES.register("ppo_clip", ppo_clip)
 LOSSES.register("reinforce", reinforce)
 
-PER_TOKEN = frozenset({awr, cispo, dual_clip, ppo_clip, reinforce})
+PER_TOKEN = {awr, cispo, dual_clip, ppo_clip, reinforce}
 """Those in which no token's loss depends on another token: an update need not know all tokens before it differentiates
 the first. A loss of one's own may be added."""
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from kl_reg.models.layers import ACTIVATIONS, Linear, Norm, attend
+from kl_reg.models.layers import ACTIVATIONS, Linear, Norm, Source, Stored, attend
 
 POOLS = {"relu": jax.nn.relu, "tanh": jnp.tanh}
 PROBLEMS = {"single_label_classification": jax.nn.softmax, "multi_label_classification": jax.nn.sigmoid,
@@ -56,8 +56,8 @@ class Block(nn.Module):
         c, dtype = self.config, jnp.dtype(self.config.dtype)
         linear, norm = partial(Linear, dtype=dtype, use_bias=True), partial(Norm, "layer", c.norm_eps, dtype)
         split = lambda y: y.reshape(*y.shape[:2], c.heads, -1).transpose(0, 2, 1, 3)  # noqa: E731
-        heads = [split(linear(c.width, name=name)(x)) for name in ("query", "key", "value")]
-        y = attend(*heads, mask, scale=(c.width // c.heads) ** -0.5, cap=None)
+        query, key, value = (split(linear(c.width, name=name)(x)) for name in ("query", "key", "value"))
+        y = attend(query, [Source(Stored(key), Stored(value), mask)], scale=(c.width // c.heads) ** -0.5, cap=None)
         x = norm(name="attention_norm")(x + linear(c.width, name="out")(y))
         y = ACTIVATIONS[c.activation](linear(c.mlp_width, name="up")(x))
         return norm(name="mlp_norm")(x + linear(c.width, name="down")(y)), None

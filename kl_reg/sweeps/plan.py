@@ -65,7 +65,7 @@ def divide(config: ConfigDict, members_per_job: int | None = None) -> list[list[
             for i in range(0, len(own), members_per_job or len(own))]
 
 
-def plan(config: ConfigDict, workdir: pathlib.Path, members_per_job: int | None = None) -> Sweep:
+def plan(config: ConfigDict, workdir: str | pathlib.Path, members_per_job: int | None = None) -> Sweep:
     """A sweep in a directory; writes nothing. One that holds the same sweep keeps its division.
 
     Raises:
@@ -99,7 +99,7 @@ def write(sweep: Sweep) -> None:
     write_json(sweep.workdir / "sweep.json", {"config": json.loads(sweep.config.to_json()), "programs": sweep.programs})
 
 
-def read(workdir: pathlib.Path) -> Sweep:
+def read(workdir: str | pathlib.Path) -> Sweep:
     """The sweep of a directory.
 
     Raises:

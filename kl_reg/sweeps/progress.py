@@ -33,7 +33,7 @@ class Row(NamedTuple):
     seconds: float | None
 
 
-def rows(workdir: pathlib.Path) -> list[Row]:
+def rows(workdir: str | pathlib.Path) -> list[Row]:
     """All members in order.
 
     Raises:

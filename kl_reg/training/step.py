@@ -61,8 +61,10 @@ class Given(NamedTuple):
 
 
 def token_loss(program, terms: TokenTerms, given: Given, shared: Hyper) -> Float[Array, ""]:
-    """What one token adds to the loss of its minibatch, but for its value's error."""
+    """What one token adds to the loss of its minibatch, but for its value's error. Where there is no token, the weight
+    is 0 and what stands there may overflow."""
     hyper, one = shared, jnp.ones(1, bool)
+    terms = jax.tree.map(lambda x: jnp.where(given.weight == 0, 0.0, x), terms)
     old = jax.lax.stop_gradient(terms.log_prob) if program.once else given.old_log_prob
     stream = jax.tree.map(lambda x: x[None], terms)
     policy = program.loss(stream.log_prob, old[None], given.advantage[None], one, hyper)

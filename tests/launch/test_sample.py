@@ -21,7 +21,7 @@ from kl_reg.models import decoder, folders, tokenizer, weights
 from kl_reg.types import AGENT, FORCED, OPENING, STUDENT
 from launch import sample
 
-EPISODES, SEED = 40, 1_000_003      # of the run's evaluation
+EPISODES, SEED = 40, 1_000_005      # of the run's evaluation
 
 
 class Record(NamedTuple):
@@ -140,7 +140,7 @@ def test_a_talk_with_a_run(run, call, tiny_tokenizer):
     """The agent's first turn is that of the evaluation; what was typed is said; the ledger goes on."""
     episode = recorded(run, 2)[0]
     first = (episode.roles == AGENT) & (episode.turns == 0)
-    status, printed = call(f"{run}:2", "--talk", "--seed", SEED, "--length", 40,
+    status, printed = call(f"{run}:2", "--talk", "--seed", SEED, "--length", 56,
                            typed=["/what", KeyboardInterrupt(), "", "x" * 60, "/retry", "hello", "/quit"])
     assert status == 0 and "/retry  another turn" in printed.out and "and there is room for" in printed.out
     turns = re.findall(r"  ([\d.]+) nats · ([\d.]+) nats in all · ([\d.]+) of 0.5 left$", printed.out, re.MULTILINE)
