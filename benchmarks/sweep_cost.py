@@ -1,7 +1,7 @@
 """What a sweep costs: seconds an iteration of 1, 4 and 16 members that share one program and one frozen model.
 
-    python -m benchmarks.sweep_cost [--model=smollm2|tiny] [--policy=head|lora] [--members 1,4,16] [--steps 5]
-                                    [--json FILE]
+    python -m benchmarks.sweep_cost [--model=smollm2|tiny] [--policy=head|lora] [--members 1,4,16] [--parts 1]
+                                    [--steps 5] [--json FILE]
 
 Members differ in KL coefficient and seed. Each samples 8 completions of 26 + 32 tokens in an iteration and updates with
 the schema's own settings (PPO, two epochs, exact KL in full). Sweeps of all sizes are compiled in one process and take
@@ -36,10 +36,11 @@ def coefficients(members: int) -> tuple[float, ...]:
     return tuple(float(x) for x in np.geomspace(0.01, 1.0, members))
 
 
-def fused(settings: dict, policy: str, members: int) -> Callable[[], Step]:
+def fused(settings: dict, policy: str, members: int, parts: int) -> Callable[[], Step]:
     """A sweep: a function that does one iteration of all its members."""
     grids = [{"kl.coef": (coefficient,), "seed": (seed,)} for seed, coefficient in enumerate(coefficients(members))]
-    own = trainer.Trainer(trainer.experiment(settings, policy__kind=policy, sweep=grids), settings["vocabulary"])
+    own = trainer.Trainer(trainer.experiment(settings, policy__kind=policy, rl__accumulate=parts, sweep=grids),
+                          settings["vocabulary"])
     part = {"head": "actor", "lora": "adapter"}[policy]
 
     def step():
@@ -69,11 +70,11 @@ def measure(options: argparse.Namespace) -> dict:
         shapes = work.write_model(options.model, folder)
         said = work.prompts(tokenizer.load(folder), each.prompt)
         settings = work.settings_of(each, folder, scratch, shapes.vocab, said)
-        sweeps = {str(members): fused(settings, options.policy, members) for members in options.members}
+        sweeps = {str(members): fused(settings, options.policy, members, options.parts) for members in options.members}
         seconds = stepping.take_turns(sweeps, each.tokens, options.warmup, options.steps)
-    return {"model": options.model, "policy": options.policy, "work": each._asdict(), "machine": machine.about(),
-            "backend": jax.default_backend(), "others": watch.others(), "versions": machine.versions(),
-            "seconds": seconds}
+    return {"model": options.model, "policy": options.policy, "parts": options.parts, "work": each._asdict(),
+            "machine": machine.about(), "backend": jax.default_backend(), "others": watch.others(),
+            "versions": machine.versions(), "seconds": seconds}
 
 
 def report(result: dict) -> str:
@@ -104,6 +105,8 @@ def main(argv=None) -> None:
     parser.add_argument("--policy", choices=("head", "lora"), default="head")
     parser.add_argument("--members", type=_members, default=[1, 4, 16],
                         help="numbers of members; 1 is always among them")
+    parser.add_argument("--parts", type=int, default=1,
+                        help="that an update reads its episodes in (rl.accumulate), where those of all do not fit")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=2)
     for name in Work._fields:
