@@ -11,10 +11,9 @@ OPENING = "<|start|>A: Hi, how are you?\nB:"
 def get_config():
     config = default()
     config.env.name, config.env.opening, config.env.end, config.env.length = "completion", OPENING, "\n", 24
-    config.policy.kind = "full"
-    config.rl.algorithm = "reinforce"
-    config.rl.episodes, config.rl.iterations = 64, 60
-    config.optim.learning_rate = 1e-4
+    config.rl.algorithm, config.rl.group = "rloo", 64           # one prompt: all episodes are one group
+    config.rl.episodes, config.rl.iterations, config.rl.epochs = 64, 60, 4
+    config.optim.learning_rate, config.optim.final = 5e-4, 0.0
     config.evaluation.episodes = 1024
-    config.sweep = [{"kl.coef": (0.02, 0.04, 0.08, 0.16), "seed": (0,)}]
+    config.sweep = [{"kl.coef": (0.007, 0.01, 0.02, 0.04), "seed": (0,)}]
     return config

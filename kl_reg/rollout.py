@@ -30,13 +30,16 @@ def inverse_cdf(log_probs: Float[Array, " v"], uniform: Float[Array, ""]) -> Int
 
     Two levels, blocks and then tokens within one, because a cumulative sum over the vocabulary costs more than the
     softmax. A token of probability zero is never drawn.
+
+    Args:
+        log_probs: up to a constant, but near enough to 0 that no exponential overflows.
     """
     vocab = log_probs.shape[0]
-    probs = jnp.exp(jnp.pad(log_probs, (0, -vocab % _BLOCK), constant_values=-jnp.inf)).reshape(-1, _BLOCK)
-    blocks = jnp.cumsum(probs.sum(1))
+    rows = jnp.pad(log_probs, (0, -vocab % _BLOCK), constant_values=-jnp.inf).reshape(-1, _BLOCK)
+    blocks = jnp.cumsum(jnp.exp(rows).sum(1))
     target = uniform * blocks[-1]
     block = _first_above(blocks, target)
-    inner = jnp.cumsum(probs[block])
+    inner = jnp.cumsum(jnp.exp(rows[block]))
     return block * _BLOCK + _first_above(inner, target - jnp.where(block > 0, blocks[block - 1], 0.0))
 
 
@@ -234,7 +237,7 @@ def _step_alone(program, fixed, carry, position, features, state):
         fixed.params, fixed.frozen.base, features, situation, role == AGENT) / program.sampling.temperature
 
     def draw(logits, key):
-        return inverse_cdf(jax.nn.log_softmax(logits), jax.random.uniform(jax.random.fold_in(key, position)))
+        return inverse_cdf(logits - logits.max(), jax.random.uniform(jax.random.fold_in(key, position)))
 
     token = jnp.where(role == FORCED, forced, jnp.where(over, 0, _twice(draw)(logits, fixed.keys)))
     out = Step(role, jnp.where(over, -1, carry.env.turn), token, zero, None,

@@ -41,23 +41,26 @@ def reverse_kl(log_policy: Float[Array, " v"], log_base: Float[Array, " v"]) -> 
 
 
 @jax.custom_jvp
-def _kl_and_entropy(logits, log_base):
+def _terms(logits, log_base, action):
+    """log pi(a), D(pi || beta) and H(pi) of one softmax, and their derivatives in one pass over the vocabulary."""
     log_policy = jax.nn.log_softmax(logits)
     policy = jnp.exp(log_policy)
-    return reverse_kl(log_policy, log_base), -jnp.where(policy > 0, policy * log_policy, 0.0).sum()
+    entropy = -jnp.where(policy > 0, policy * log_policy, 0.0).sum()
+    return log_policy[action], reverse_kl(log_policy, log_base), entropy
 
 
-@_kl_and_entropy.defjvp
-def _kl_and_entropy_jvp(primals, tangents):
-    """dD = sum pi (L - D) dz and dH = -sum pi (log pi + H) dz; beta is a constant."""
-    logits, log_base = primals
-    kl, entropy = _kl_and_entropy(logits, log_base)
+@_terms.defjvp
+def _terms_jvp(primals, tangents):
+    """d log pi(a) = dz_a - sum pi dz, dD = sum pi (L - D) dz and dH = -sum pi (log pi + H) dz; beta is a constant."""
+    logits, log_base, action = primals
+    log_prob, kl, entropy = _terms(logits, log_base, action)
     log_policy = jax.nn.log_softmax(logits)
     policy = jnp.exp(log_policy)
     possible = policy > 0
+    by_log_prob = (jnp.arange(len(logits)) == action).astype(policy.dtype) - policy
     by_kl = jnp.where(possible, policy * (log_policy - log_base - kl), 0.0)
     by_entropy = jnp.where(possible, -policy * (log_policy + entropy), 0.0)
-    return (kl, entropy), ((by_kl * tangents[0]).sum(), (by_entropy * tangents[0]).sum())
+    return (log_prob, kl, entropy), tuple((by * tangents[0]).sum() for by in (by_log_prob, by_kl, by_entropy))
 
 
 @jax.custom_jvp
@@ -83,7 +86,6 @@ def token_terms(logits: Float[Array, " v"], log_base: Float[Array, " v"], action
         forward: whether D(beta || pi) is wanted (static); infinite where the policy excludes a token of the base.
     """
     log_base = jax.lax.stop_gradient(log_base)
-    kl, entropy = _kl_and_entropy(logits, log_base)
-    log_prob = logits[action] - jax.nn.logsumexp(logits)
+    log_prob, kl, entropy = _terms(logits, log_base, action)
     forward_kl = _forward_kl(logits, log_base) if forward else jnp.zeros_like(kl)
     return TokenTerms(log_prob, log_prob - log_base[action], kl, entropy, forward_kl)
