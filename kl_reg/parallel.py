@@ -209,3 +209,26 @@ def auto_mesh() -> AbstractMesh | None:
     own part (pmap)."""
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty or AxisType.Auto not in mesh.axis_types else mesh
+
+
+def total(tree, axis: str | None):
+    """The sum over the devices that each hold a part of the episodes, along that axis; None: one holds them all."""
+    return tree if axis is None else jax.lax.psum(tree, axis)
+
+
+def average(x: jax.Array, axis: str | None) -> jax.Array:
+    """The mean of such devices' means."""
+    return x if axis is None else jax.lax.pmean(x, axis)
+
+
+def together(tree, axis: str | None):
+    """Such devices' arrays, one behind the other along their first dimension."""
+    return tree if axis is None else jax.lax.all_gather(tree, axis, tiled=True)
+
+
+def part(x: jax.Array, axis: str | None) -> jax.Array:
+    """This device's part of the last dimension of what they all have."""
+    if axis is None:
+        return x
+    size = x.shape[-1] // jax.lax.axis_size(axis)
+    return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(axis) * size, size, axis=x.ndim - 1)

@@ -63,9 +63,9 @@ def mesh_of(devices=None, **sizes):
     return parallel.mesh_of(settings, devices)
 
 
-def placed(own: Case, mesh):
+def placed(own: Case, mesh, mode):
     """The compiled program, its state and what its functions take beside it, on the mesh (None: one device)."""
-    run = programs.compile_program(own.program, mesh)
+    run = programs.compile_program(own.program, mesh, mode)
     frozen, hyper, seeds = Frozen(own.base), own.hyper, own.seeds
     if mesh is not None:
         frozen = parallel.put(frozen, Frozen(parallel.model_shardings(own.base, mesh)))
@@ -75,9 +75,9 @@ def placed(own: Case, mesh):
     return run, state._replace(params=params), hyper, frozen
 
 
-def sample(own: Case, mesh=None) -> Episodes:
+def sample(own: Case, mesh=None, mode="jit") -> Episodes:
     """Episodes of the iteration 0, drawn on the mesh."""
-    run, state, hyper, frozen = placed(own, mesh)
+    run, state, hyper, frozen = placed(own, mesh, mode)
     first = np.zeros(len(own.seeds), np.int32)
     first = jnp.asarray(first) if mesh is None else parallel.put(first, parallel.member_shardings(first, mesh))
     keys = rollout.member_keys(state.seed, state.iteration)
@@ -92,9 +92,9 @@ def rewards_of(episodes: Episodes) -> np.ndarray:
     return np.float32(np.where(last & mask, mean[..., None], 0))
 
 
-def updates(own: Case, episodes: Episodes, mesh=None):
+def updates(own: Case, episodes: Episodes, mesh=None, mode="jit"):
     """Three updates from the same host episodes: metrics, gradient and parameters behind each, on the host."""
-    run, state, hyper, frozen = placed(own, mesh)
+    run, state, hyper, frozen = placed(own, mesh, mode)
     given = episodes, rewards_of(episodes)
     if mesh is not None:
         given = parallel.put(given, parallel.episode_shardings(given, mesh))
