@@ -270,8 +270,8 @@ def test_each_group_has_its_own_advantages_and_price():
     """Two groups of two episodes of one token, the KL in the loss: the advantages of a group have deviation 1 (TRL's,
     over g - 1, plus 1e-4). The KL of its episodes is multiplied by the same factor and by (g - 1) / g: an episode is
     half of its own baseline."""
-    program = SimpleNamespace(kl=build(KLConfig(estimator="exact", placement="loss")), normalise=False, group=2, axis=None,
-                              advantage=advantages.ADVANTAGES["group"])
+    program = SimpleNamespace(kl=build(KLConfig(estimator="exact", placement="loss")), normalise=False, group=2,
+                              axis=None, advantage=advantages.ADVANTAGES["group"])
     rewards, zero, whole = jnp.array([[1.0], [3.0], [5.0], [15.0]]), jnp.zeros((4, 1)), jnp.zeros((4, 1), jnp.int32)
     fields = dict.fromkeys(Episodes._fields, zero) | {
         "transcript": Transcript(whole, whole, whole, jnp.zeros(4, jnp.int32)), "slot": whole, "action": whole,
