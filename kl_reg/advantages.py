@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from kl_reg.parallel import total
+from kl_reg.divided import total
 from kl_reg.registry import Registry
 
 ADVANTAGES = Registry("rl.advantage")

@@ -13,7 +13,7 @@ import optax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from kl_reg import advantages, envs, losses, parallel, rollout
+from kl_reg import advantages, divided, envs, losses, parallel, rollout
 from kl_reg.analysis.groups import TokenGroups, token_groups
 from kl_reg.config import Static
 from kl_reg.envs.environment import Environment
@@ -106,7 +106,7 @@ class Program(NamedTuple):
         the same: as many as have, where what they share can lie on the devices that they lie on."""
         if len(self.env.openings.start) == 1:
             return self.episodes
-        return group if self.episodes // group % parallel.spread() == 0 else 1
+        return group if self.episodes // group % divided.spread() == 0 else 1
 
     def cost(self, members: int) -> scoring.Cost:
         """Of an update: its minibatches' parts."""
@@ -119,7 +119,7 @@ class Program(NamedTuple):
 
     def _cost(self, rows, group, members):
         # Over several devices the tokens of openings and of episodes would have to change places in every layer.
-        return scoring.Cost(group if rows % group == 0 and parallel.spread() == 1 else 1, members)
+        return scoring.Cost(group if rows % group == 0 and divided.spread() == 1 else 1, members)
 
     def own_parts(self) -> list[Callable]:
         """The functions of the update that are not the library's: an edited one is another experiment."""
@@ -241,11 +241,11 @@ def _functions(program: Program) -> Compiled:
             return TrainState(params, program.optimizer.init(params), seed, jnp.int32(0),
                               program.controller.init(hyper), program.reference.init(params))
 
-        return parallel.constrain_state(jax.vmap(one)(seeds, hyper))
+        return divided.constrain_state(jax.vmap(one)(seeds, hyper))
 
     def draw(params, memory, hyper: Hyper, frozen: Frozen, keys, first, group=1) -> Episodes:
         episodes = rollout.rollout(program, params, memory, frozen, scoring.caps_of(hyper), keys, first, group)
-        return parallel.constrain(episodes, "member", parallel.EPISODES)
+        return divided.constrain(episodes, "member", parallel.EPISODES)
 
     def complete(params, frozen, episodes, group, terms) -> Episodes:
         cost = program.cost_of_all(group, len(episodes.mask))
@@ -253,7 +253,7 @@ def _functions(program: Program) -> Compiled:
 
     def sample(params, memory, hyper: Hyper, frozen: Frozen, keys, first, group=1) -> Episodes:
         episodes = draw(params, memory, hyper, frozen, keys, first, group)
-        return parallel.constrain(complete(params, frozen, episodes, group, terms=True), "member", parallel.EPISODES)
+        return divided.constrain(complete(params, frozen, episodes, group, terms=True), "member", parallel.EPISODES)
 
     def update(state: TrainState, hyper: Hyper, frozen: Frozen, episodes: Episodes, rewards):
         episodes = complete(state.params, frozen, episodes, program.group, not program.once)
@@ -261,6 +261,6 @@ def _functions(program: Program) -> Compiled:
         one = partial(step.update, program, members=len(state.seed))
         state, *said, episodes = jax.vmap(one, in_axes=(0, 0, None, 0, 0, None))(
             state, hyper, frozen, episodes, rewards, longest)
-        return parallel.constrain_state(state), *said, episodes._replace(features=(), reference=(), kept=None)
+        return divided.constrain_state(state), *said, episodes._replace(features=(), reference=(), kept=None)
 
     return Compiled(init, draw, sample, update)

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from kl_reg import parallel
+from kl_reg import divided
 from kl_reg.advantages import normalise
 from kl_reg.kl.exact import TokenTerms
 from kl_reg.losses.value import squared_error
+from kl_reg.parallel import EPISODES
 from kl_reg.training.scoring import Cost, Scores, caps_of, loss_at_once, score, with_scores
 from kl_reg.types import Episodes, Frozen, Hyper, TrainState, WeightedMetric
 
@@ -53,7 +54,7 @@ class Weights(NamedTuple):
 def weights_of(program, mask: Bool[Array, "b k"]) -> Weights:
     """Of a whole minibatch; they depend on its masks alone."""
     loss = program.reduction(jnp.zeros(mask.shape), mask, program.env.length).weight
-    loss, tokens = parallel.total((loss, mask.sum().astype(jnp.float32)), program.axis)
+    loss, tokens = divided.total((loss, mask.sum().astype(jnp.float32)), program.axis)
     return Weights(jnp.maximum(loss, 1), jnp.maximum(tokens, 1))
 
 
@@ -147,18 +148,18 @@ def gradient(program, params, memory, frozen: Frozen, episodes: Episodes, target
         program, params, memory, frozen, part, goals, hyper, longest, weights, cost), has_aux=True)
     if program.accumulate == 1:
         grads, (parts, scores) = own(params, episodes, targets)
-        return *parallel.total((grads, parts), program.axis), scores
+        return *divided.total((grads, parts), program.axis), scores
 
     def add(sums, part):
         grads, (parts, scores) = own(params, *part)
         return jax.tree.map(jnp.add, sums, (grads, parts)), scores
 
     split = jax.tree.map(lambda x: x.reshape(program.accumulate, rows, *x.shape[1:]), (episodes, targets))
-    split = parallel.constrain(split, None, parallel.EPISODES)
+    split = divided.constrain(split, None, EPISODES)
     shapes = jax.eval_shape(own, params, *jax.tree.map(lambda x: x[0], split))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (shapes[0], shapes[1][0]))
     sums, scores = jax.lax.scan(add, zeros, split)
-    return *parallel.total(sums, program.axis), jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), scores)
+    return *divided.total(sums, program.axis), jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), scores)
 
 
 def update(program, state: TrainState, hyper: Hyper, frozen: Frozen, episodes: Episodes, rewards: Float[Array, "b k"],
@@ -177,14 +178,14 @@ def update(program, state: TrainState, hyper: Hyper, frozen: Frozen, episodes: E
     rate = learning_rate(program, hyper, state.iteration)
     rows, cost, axis = episodes.mask.shape[0], program.cost(members), program.axis
     rows *= 1 if axis is None else jax.lax.axis_size(axis)
-    pool = (episodes, goals) if program.minibatches == 1 else parallel.together((episodes, goals), axis)
+    pool = (episodes, goals) if program.minibatches == 1 else divided.together((episodes, goals), axis)
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(state.seed), state.iteration), 2**31 - 2)
 
     def minibatch(carry, index):
         params, opt_state, stopped = carry
         part, own = pool
         if program.minibatches > 1:
-            part, own = parallel.constrain(jax.tree.map(lambda x: x[index], pool), parallel.EPISODES)
+            part, own = divided.constrain(jax.tree.map(lambda x: x[index], pool), EPISODES)
         grads, parts, scores = gradient(program, params, state.reference, frozen, part, own, hyper, longest, cost)
         ratios = jnp.where(part.mask, scores.terms.log_ratio, 0.0)
         norm = safe_norm(grads)
@@ -207,19 +208,19 @@ def update(program, state: TrainState, hyper: Hyper, frozen: Frozen, episodes: E
         groups = jax.random.permutation(jax.random.fold_in(key, epoch), rows // together)
         return (groups[:, None] * together + jnp.arange(together)[None]).reshape(program.minibatches, -1)
 
-    indices = parallel.part(jnp.concatenate([order(epoch) for epoch in range(program.epochs)]), axis)
+    indices = divided.part(jnp.concatenate([order(epoch) for epoch in range(program.epochs)]), axis)
     start = state.params, state.opt_state, jnp.bool_(False)
     (params, opt_state, _), (parts, extremes, scores) = jax.lax.scan(minibatch, start, indices)
     if program.once:
         episodes = with_scores(program, episodes, jax.tree.map(lambda x: x[0], scores))
     variance = parts["val/ratio"].var()
     parts = jax.tree.map(lambda x: x.mean(0), parts)
-    spent = parallel.average(jnp.where(episodes.mask, program.kl.exact(recorded(episodes)), 0.0).sum(1).mean(), axis)
+    spent = divided.average(jnp.where(episodes.mask, program.kl.exact(recorded(episodes)), 0.0).sum(1).mean(), axis)
     parts |= {"val/ratio_var": variance, "optim/learning_rate": rate, "kl/coef": price,
               "value/explained_variance": _explained(episodes.value, goals[1], episodes.mask, axis)}
     controller = program.controller.update(state.controller, spent, hyper)
     memory = program.reference.update(state.reference, params, state.iteration)
-    extremes = parallel.together(extremes, axis)
+    extremes = divided.together(extremes, axis)
     extreme = jax.tree.map(lambda x: x[jnp.abs(extremes.log_ratio).argmax()], extremes)
     new = TrainState(params, opt_state, state.seed, state.iteration + 1, controller, memory)
     return new, parts, extreme, episodes
@@ -228,7 +229,7 @@ def update(program, state: TrainState, hyper: Hyper, frozen: Frozen, episodes: E
 def _explained(values, returns, mask, axis):
     """1 - Var(G - V) / Var(G) over agent tokens."""
     def variance(x):
-        centre = parallel.total(mean(x, mask), axis).mean()
-        return parallel.total(mean((x - centre) ** 2, mask), axis).mean()
+        centre = divided.total(mean(x, mask), axis).mean()
+        return divided.total(mean((x - centre) ** 2, mask), axis).mean()
 
     return 1 - variance(returns - values) / jnp.maximum(variance(returns), 1e-8)
