@@ -120,10 +120,8 @@ def load(workdir: pathlib.Path, iteration: int | None = None) -> list[Member]:
         return [found[number] for number in sorted(found)]
     handlers = {"state": ocp.StandardCheckpointHandler(), "config": ocp.JsonCheckpointHandler()}
     manager = ocp.CheckpointManager((workdir / "checkpoints").absolute(), item_handlers=handlers)
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])       # whatever mesh it was written on
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
-                          manager.item_metadata(iteration).state)
-    stored = manager.restore(iteration, args=ocp.args.Composite(state=ocp.args.StandardRestore(shapes))).state
+    here = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), manager.item_metadata(iteration).state)    # on the host
+    stored = manager.restore(iteration, args=ocp.args.Composite(state=ocp.args.StandardRestore(here))).state
     manager.close()
     config, rows = config_of(workdir), {}
     for state, members in zip(stored, groups(config), strict=True):
