@@ -16,7 +16,8 @@ from kl_reg.types import Hyper
 
 HYPER = {"kl.coef": "kl_coef", "kl.target": "kl_target", "kl.horizon": "kl_horizon", "kl.rate": "kl_rate",
          "kl.gain": "kl_gain", "kl.final": "kl_final", "kl.budget": "kl_budget", "kl.turn_budget": "kl_turn_budget",
-         "kl.token_budget": "kl_token_budget", "optim.learning_rate": "learning_rate", "rl.clip": "clip",
+         "kl.token_budget": "kl_token_budget", "optim.learning_rate": "learning_rate",
+         "optim.value_learning_rate": "value_learning_rate", "rl.clip": "clip",
          "rl.clip_high": "clip_high", "rl.dual_clip": "dual_clip", "rl.truncation": "truncation",
          "rl.temperature": "temperature", "rl.value_clip": "value_clip", "rl.stop_kl": "stop_kl",
          "rl.entropy_coef": "entropy_coef", "rl.value_coef": "value_coef", "rl.discount": "discount",
@@ -78,6 +79,7 @@ def default() -> ConfigDict:
 
     config.optim = ConfigDict()
     config.optim.learning_rate = 1e-3
+    config.optim.value_learning_rate = config_dict.placeholder(float)   # of the value head; None: as learning_rate
     config.optim.warmup = 2               # iterations
     config.optim.final = 0.1              # part of the learning rate that is left at the last iteration
     config.optim.max_grad_norm = 1.0

@@ -103,6 +103,7 @@ class Hyper(NamedTuple):
     kl_turn_budget: Float[Array, ""]       # nats per turn of the agent; infinite: none
     kl_token_budget: Float[Array, ""]      # nats per token of the agent; infinite: none
     learning_rate: Float[Array, ""]
+    value_learning_rate: Float[Array, ""]    # of the value head; infinite: as learning_rate
     clip: Float[Array, ""]                 # ratios are clipped below 1 - clip
     clip_high: Float[Array, ""]            # and above 1 + clip_high
     dual_clip: Float[Array, ""]            # what a negative advantage is multiplied with at most, of "dual_clip"

@@ -34,7 +34,7 @@ _IDLE = {"teacher_student": ("writers",),
          "tabular": ("openings", "opening_turns", "split", "column", "teacher", "student", "markers", "turns")}
 """Settings of `env` that say nothing to an environment."""
 
-_LIMITS = ("rl.stop_kl", "rl.truncation", "rl.value_clip")
+_LIMITS = ("rl.stop_kl", "rl.truncation", "rl.value_clip", "optim.value_learning_rate")
 _PARTS = ("rl.discount", "rl.gae_lambda", "policy.spend_init", "reference.decay", "reference.alpha",
           "sampling.min_p")
 
@@ -67,7 +67,7 @@ def _validate_member(config):
     limits = [key for key in _LIMITS if values[key] is not None]
     for key in limits:
         if not values[key] > 0:
-            raise ValueError(f"{key}={values[key]!r} must be above 0 (None or infinite: no limit)")
+            raise ValueError(f"{key}={values[key]!r} must be above 0, or None")
     for key in (*_AT_LEAST_ONE, *_NOT_NEGATIVE, *_PARTS, *given):
         value, low = values[key], 1 if key in _AT_LEAST_ONE else 0
         if not math.isfinite(value) or value < low:

@@ -44,6 +44,15 @@ def learning_rate(program, hyper: Hyper, iteration: Int[Array, ""]) -> Float[Arr
     return hyper.learning_rate * schedule(iteration)
 
 
+def descent(direction, rate, value_rate):
+    """Updates against `direction`, those of the value head (`actor.Scalars`) at a rate of their own."""
+    def scale(path, x):
+        head, *part = (key.key for key in path[:2])
+        return -(value_rate if head == "scalars" and part[0].startswith("value") else rate) * x
+
+    return jax.tree_util.tree_map_with_path(scale, direction)
+
+
 class Weights(NamedTuple):
     """What a minibatch's sums are divided by: in its loss, and in means over its tokens. Its parts add up."""
 
@@ -176,6 +185,8 @@ def update(program, state: TrainState, hyper: Hyper, frozen: Frozen, episodes: E
     price = program.controller.read(state.controller, hyper)
     goals = targets(program, episodes, rewards, price, hyper)
     rate = learning_rate(program, hyper, state.iteration)
+    own_rate = jnp.where(jnp.isfinite(hyper.value_learning_rate), hyper.value_learning_rate, hyper.learning_rate)
+    value_rate = learning_rate(program, hyper._replace(learning_rate=own_rate), state.iteration)
     rows, cost, axis = episodes.mask.shape[0], program.cost(members), program.axis
     rows *= 1 if axis is None else jax.lax.axis_size(axis)
     pool = (episodes, goals) if program.minibatches == 1 else divided.together((episodes, goals), axis)
@@ -196,7 +207,7 @@ def update(program, state: TrainState, hyper: Hyper, frozen: Frozen, episodes: E
         stopped |= parts["policy/approxkl_avg"] > hyper.stop_kl
         parts["policy/stopped_avg"] = stopped.astype(jnp.float32)
         updates, new_state = program.optimizer.update(grads, opt_state, params)
-        updated = optax.apply_updates(params, jax.tree.map(lambda u: -rate * u, updates))
+        updated = optax.apply_updates(params, descent(updates, rate, value_rate))
         params, opt_state = jax.tree.map(partial(jnp.where, stopped), (params, opt_state), (updated, new_state))
         return (params, opt_state, stopped), (parts, extreme, scores if program.once else ())
 
@@ -226,7 +237,7 @@ def update(program, state: TrainState, hyper: Hyper, frozen: Frozen, episodes: E
     return new, parts, extreme, episodes
 
 
-def _explained(values, returns, mask, axis):
+def _explained(values, returns, mask, axis=None):
     """1 - Var(G - V) / Var(G) over agent tokens."""
     def variance(x):
         centre = divided.total(mean(x, mask), axis).mean()

@@ -154,6 +154,27 @@ def test_each_hyper_parameter_reaches_its_member(group):
         assert np.abs(vector(one(params, 0)) - vector(one(params, 1))).max() > 1e-4, name
 
 
+def test_the_value_head_may_have_a_learning_rate_of_its_own(group):
+    """Plain descent along gradients g: everything by -0.1 g, but the value head by -0.4 g."""
+    program = group.program._replace(optimizer=SGD, warmup=1, iterations=2, final=1.0, epochs=1)
+    state = TrainState(group.params, jax.vmap(SGD.init)(group.params), jnp.arange(3), jnp.zeros(3, jnp.int32))
+    update = jax.jit(jax.vmap(partial(step.update, program), in_axes=(0, 0, None, 0, 0, None)))
+
+    def change(**rates):
+        rates = {name: jnp.full(3, value) for name, value in rates.items()}
+        new = update(state, group.hyper._replace(**rates), group.frozen, group.episodes, group.rewards, jnp.int32(12))
+        return jax.tree.map(jnp.subtract, new[0].params, group.params)
+
+    usual = change(learning_rate=0.1)
+    own = change(learning_rate=0.1, value_learning_rate=0.4)
+    for name in usual["scalars"]:
+        usual["scalars"][name] = jax.tree.map(lambda x, n=name: 4 * x if n.startswith("value") else x,
+                                              usual["scalars"][name])
+    assert np.abs(vector(usual["scalars"]["value"])).max() > 1e-3 and set(usual["scalars"]) == {
+        "value", "value_hidden", "spend", "spend_hidden"}
+    assert_close(own, usual, 1e-4)
+
+
 # Invariance
 
 def test_padding_of_the_stream_changes_nothing(group, usual):
