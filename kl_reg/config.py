@@ -26,7 +26,7 @@ HYPER = {"kl.coef": "kl_coef", "kl.target": "kl_target", "kl.horizon": "kl_horiz
 
 BUDGETS = ("kl.budget", "kl.turn_budget", "kl.token_budget")
 
-_RUN_ONLY = ("sweep", "checkpoint", "log")     # settings that change no number of a result
+_RUN_ONLY = ("sweep", "checkpoint", "log", "parallel")     # settings that change no number of a result
 
 
 def default() -> ConfigDict:
@@ -73,6 +73,7 @@ def default() -> ConfigDict:
     config.reward.ngram = 2               # of "distinct"
 
     config.policy, config.kl, config.reference, config.sampling = _policy(), _kl(), _reference(), _sampling()
+    config.parallel = _parallel()
 
     config.rl = _rl()
 
@@ -185,6 +186,19 @@ def _sampling():
     sampling.top_p = 1.0
     sampling.min_p = 0.0
     return sampling
+
+
+def _parallel():
+    """The devices. All axes 1: one device."""
+    parallel = ConfigDict()
+    parallel.mode = "jit"          # "pmap": every device has the whole model and its part of the episodes
+    parallel.member = 1            # members of the sweep are divided over so many devices; -1: over all that are left
+    parallel.data = 1              # the episodes of each member
+    parallel.fsdp = 1              # episodes and weights, which are gathered for use
+    parallel.tensor = 1            # columns of matrices, heads and vocabulary
+    parallel.expert = 1            # experts of a mixture
+    parallel.slices = 1            # of a pod, that a slower network joins: over "member" or "data"
+    return parallel
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,11 +15,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kl_reg import choice
+from kl_reg.divided import constrain
 from kl_reg.kl import budget
 from kl_reg.kl.budget import Caps
 from kl_reg.kl.exact import TokenTerms
 from kl_reg.models import decoder
 from kl_reg.models.actor import Situation
+from kl_reg.parallel import EPISODES
 from kl_reg.types import AGENT, FORCED, OPENING, PAD, Episodes, Frozen, Openings, Transcript
 
 _BLOCK = 64
@@ -112,7 +114,8 @@ def rollout(program, params, memory, frozen: Frozen, caps: Caps, keys: Array, fi
         Episodes [m, b, ...]; the agent stream has room for every token of the episode. Of a program that is `deferred`
         they lack what `scoring.complete` adds.
     """
-    own, leaders = (episode_keys(keys, first, program.episodes, size) for size in (1, group))
+    own, leaders = (constrain(episode_keys(keys, first, program.episodes, size), "member", EPISODES)
+                    for size in (1, group))
     chosen = choose_openings(program.env.openings, leaders)
     fixed, openings, carry = begin(program, params, memory, frozen, caps, own, chosen, program.sharing(group))
     carry, steps = _until_over(program, _apart(program, fixed) if program.copies else fixed, carry)
@@ -131,6 +134,7 @@ def _until_over(program, fixed, carry):
     and are zero otherwise."""
     _, shapes = jax.eval_shape(partial(step, program, fixed), carry, jnp.int32(0))
     steps = jax.tree.map(lambda x: jnp.zeros((program.env.length, *x.shape), x.dtype), shapes)
+    steps = constrain(steps, None, "member", EPISODES)
     steps = steps._replace(role=steps.role + PAD, turn=steps.turn - 1)
 
     def unfinished(state):
@@ -192,11 +196,14 @@ def step(program, fixed: Fixed, carry: Carry, position: Int[Array, ""], said: In
     """
     policy, env, reference, frozen = program.policy, program.env, program.reference, fixed.frozen
     at = fixed.start, program.env.openings.tokens.shape[-1] - 1 + position
+    place = lambda x: constrain(x, "member", EPISODES)  # noqa: E731 - behind the flat batch of a trunk
     features, state = program.writer.decode(fixed.params, frozen.base, carry.token, *at, carry.policy)
+    features = place(features)
     if program.deferred:
         return _step_alone(program, fixed, carry, position, features, state)
     seen, ref_state = reference.decode(fixed.memory, frozen, carry.token, *at, carry.reference)
     hidden, student = program.student.decode(frozen.student, carry.token, *at, carry.student)
+    seen, hidden = place((seen, hidden))
     role, forced = _twice(env.turn)(carry.env)
     if said is not None:
         role = jnp.where((said >= 0) & (role == AGENT), FORCED, role)

@@ -118,8 +118,10 @@ def load(workdir: pathlib.Path, iteration: int | None = None) -> list[Member]:
         found = {number: member for folder, numbers in several
                  for number, member in zip(numbers, load(folder, iteration), strict=True)}
         return [found[number] for number in sorted(found)]
-    manager = ocp.CheckpointManager((workdir / "checkpoints").absolute())
-    stored = manager.restore(iteration, args=ocp.args.Composite(state=ocp.args.StandardRestore())).state
+    handlers = {"state": ocp.StandardCheckpointHandler(), "config": ocp.JsonCheckpointHandler()}
+    manager = ocp.CheckpointManager((workdir / "checkpoints").absolute(), item_handlers=handlers)
+    here = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), manager.item_metadata(iteration).state)    # on the host
+    stored = manager.restore(iteration, args=ocp.args.Composite(state=ocp.args.StandardRestore(here))).state
     manager.close()
     config, rows = config_of(workdir), {}
     for state, members in zip(stored, groups(config), strict=True):

@@ -5,7 +5,7 @@ import math
 
 from ml_collections import ConfigDict
 
-from kl_reg import advantages, envs, losses, rewards, runs
+from kl_reg import advantages, envs, losses, parallel, rewards, runs
 from kl_reg.analysis.groups import compile_expressions
 from kl_reg.choice import SPENDS
 from kl_reg.config import BUDGETS, HYPER, default, flat, kl_config, members, override
@@ -15,7 +15,8 @@ from kl_reg.losses import reductions
 from kl_reg.models import lora, policies, reference, weights
 from kl_reg.models.block import REMATS
 
-_SHARED = ("sweep", "model", "env", "reward", "sampling", "evaluation", "checkpoint", "log", "rl.iterations")
+_SHARED = ("sweep", "model", "env", "reward", "sampling", "evaluation", "checkpoint", "log", "parallel",
+           "rl.iterations")
 """Settings that all members of a sweep share: they have one base model, one task and one evaluation."""
 
 _AT_LEAST_ONE = ("rl.iterations", "rl.episodes", "rl.epochs", "rl.minibatches", "rl.accumulate", "rl.entries",
@@ -50,6 +51,7 @@ def validate(config: ConfigDict) -> None:
         raise ValueError(f"config: unknown settings {sorted(unknown)}, missing settings {sorted(missing)}; "
                          "start from kl_reg.config.default()")
     compile_expressions(config.log.groups)
+    _validate_parallel(config)
     for member in members(config):
         shared = [key for key in member if key.startswith(_SHARED)]
         if shared:
@@ -97,6 +99,22 @@ def _validate_member(config):
         raise ValueError(f"policy.layers={config.policy.layers}: the model has {shapes.layers} layers")
     if config.env.length > shapes.max_position:
         raise ValueError(f"env.length={config.env.length}: longer than the model's context of {shapes.max_position}")
+
+
+def _validate_parallel(config):
+    settings = config.parallel
+    if settings.mode not in parallel.MODES:
+        raise ValueError(f"parallel.mode={settings.mode!r}: choose of {', '.join(map(repr, parallel.MODES))}")
+    for axis in parallel.AXES:
+        if settings[axis] != -1 and settings[axis] < 1:
+            raise ValueError(f"parallel.{axis}={settings[axis]} must be at least 1, or -1: all devices that are left")
+        if settings.mode == "pmap" and axis != "data" and settings[axis] != 1:
+            raise ValueError(f"parallel.{axis}={settings[axis]} with parallel.mode='pmap', which divides nothing but "
+                             "episodes: use parallel.data, or parallel.mode='jit'")
+    if sum(settings[axis] == -1 for axis in parallel.AXES) > 1:
+        raise ValueError("parallel: only one axis can be -1, all devices that are left")
+    if settings.slices < 1:
+        raise ValueError(f"parallel.slices={settings.slices} must be at least 1")
 
 
 def _validate_environment(env):

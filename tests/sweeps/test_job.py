@@ -6,6 +6,7 @@ import subprocess
 import pytest
 
 import kl_reg
+from kl_reg import hosts
 from kl_reg.sweeps import gather, job, plan, progress
 
 
@@ -111,3 +112,13 @@ def test_a_run_of_one_process_has_rows_too(config, tmp_path):
     assert [row.state for row in progress.rows(tmp_path)] == ["done"] * 3
     with pytest.raises(FileNotFoundError, match="holds no run"):
         progress.rows(tmp_path / "nowhere")
+
+
+def test_of_several_processes_the_first_keeps_the_record(sweep, trains, monkeypatch):
+    monkeypatch.setattr(hosts, "index", lambda: 3)
+    with plan.locked(sweep.workdir / "logs/0.lock", otherwise="busy"):       # as the first does meanwhile
+        job.run(sweep.workdir, 0)
+        with pytest.raises(ValueError, match="loss not"):
+            job.run(sweep.workdir, 1)
+    assert not [file for i in (0, 1) for file in (sweep.log(i), sweep.workdir / f"logs/{i}.json") if file.exists()]
+    assert "about to diverge" in (sweep.workdir / "logs/1.3.txt").read_text()
