@@ -35,7 +35,7 @@ def plan(config: ConfigDict, model: weights.Model, loss: Callable | None = None)
     Args:
         loss: instead of the one that `rl.loss` names.
     """
-    load, student = functools.cache(_reference), _student(config)
+    load, student = functools.cache(load_reference), _student(config)
     return [_group(members, model, student, load, loss) for members in runs.groups(config)]
 
 
@@ -47,7 +47,7 @@ def base_group(groups: list[Group], config: ConfigDict, model: weights.Model) ->
     nothing = {"reference.name": "base", "reference.paths": (), **dict.fromkeys(configs.BUDGETS), "kl.spend": "neuron",
                "kl.carry": False}
     own = configs.override(configs.override(config, configs.members(config)[0]), nothing)
-    return _group([(0, own)], model, groups[0].frozen.student, _reference, groups[0].program.loss)
+    return _group([(0, own)], model, groups[0].frozen.student, load_reference, groups[0].program.loss)
 
 
 def _group(members, model, student, load, loss):
@@ -65,7 +65,7 @@ def _student(config):
     return weights.load(path, config.model.dtype).params if path else ()
 
 
-def _reference(paths):
+def load_reference(paths):
     """A reference's own frozen parameters, or where it starts from; and digests of what was read."""
     if not paths:
         return (), None, ()
