@@ -2,16 +2,18 @@
 
 Axes: "member" divides the members of a sweep, "data" and "fsdp" the episodes of each, "fsdp" also the weights, by the
 rows of their matrices, "tensor" the columns, heads and vocabulary, "expert" a mixture's experts. Nothing here changes a
-number of a result but for the order of sums. `constrain` is all that models and rollout know of a mesh: outside of
-`jax.set_mesh` it does nothing.
+number of a result but for the order of sums. `constrain` is all that models and rollout know of a mesh: where
+none is set (`jax.sharding.use_abstract_mesh`) it does nothing.
 """
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Sequence
+from functools import partial
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -112,12 +114,16 @@ def axes_of(path: str, shape: Sequence[int], rules: Sequence[Rule], lead: Sequen
                      "it on every device)")
 
 
-def partition(tree, rules: Sequence[Rule], mesh: Mesh, lead: Sequence = ()):
-    """Shardings of a tree of arrays or `jax.ShapeDtypeStruct`, by their paths; arguments and errors as of `axes_of`."""
-    def one(path, x):
-        return NamedSharding(mesh, fitting(axes_of(name_of(path), x.shape, rules, lead), x.shape, mesh))
+def specs(tree, rules: Sequence[Rule], mesh, lead: Sequence = ()):
+    """Partition specs of a tree of arrays or `jax.ShapeDtypeStruct`, by their paths; arguments and errors as of
+    `axes_of`."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: fitting(axes_of(name_of(path), x.shape, rules, lead), x.shape, mesh), tree)
 
-    return jax.tree_util.tree_map_with_path(one, tree)
+
+def partition(tree, rules: Sequence[Rule], mesh: Mesh, lead: Sequence = ()):
+    """`specs` as shardings."""
+    return jax.tree.map(partial(NamedSharding, mesh), specs(tree, rules, mesh, lead))
 
 
 def name_of(path) -> str:
@@ -149,22 +155,57 @@ def state_shardings(state, mesh: Mesh):
     return partition(state, STATE, mesh, lead=("member",))
 
 
-def episode_shardings(episodes, mesh: Mesh):
+def episode_shardings(tree, mesh: Mesh):
     """Of arrays [m, b, ...]: recorded episodes, their rewards."""
-    return jax.tree.map(lambda x: NamedSharding(mesh, fitting(("member", EPISODES, *[None] * (x.ndim - 2)), x.shape,
-                                                              mesh)), episodes)
+    return _leading(tree, mesh, "member", EPISODES)
 
 
 def member_shardings(tree, mesh: Mesh):
     """Of arrays [m, ...]: settings, seeds, keys."""
-    return jax.tree.map(lambda x: NamedSharding(mesh, fitting(("member", *[None] * (x.ndim - 1)), x.shape, mesh)), tree)
+    return _leading(tree, mesh, "member")
 
 
-def constrain(x: jax.Array, *axes) -> jax.Array:
-    """Divides x over the axes of the mesh that is set, if there is one: an entry for each of its first dimensions, a
-    name, several or None. Under `vmap` the mapped dimension is the compiler's choice."""
+def _leading(tree, mesh, *axes):
+    return jax.tree.map(lambda x: NamedSharding(mesh, _spec(x, axes, mesh)), tree)
+
+
+def _spec(x, axes, mesh):
+    """Of an array whose first dimensions have these axes."""
+    return fitting((*axes, *[None] * (x.ndim - len(axes))), x.shape, mesh)
+
+
+def put(tree, shardings):
+    """Arrays of the host, the same on all hosts, as they lie on the mesh."""
+    def one(x, sharding):
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(one, tree, shardings)
+
+
+def constrain(tree, *axes):
+    """Divides arrays over the mesh that is set, if one is: an entry for each of their first dimensions, a name, several
+    or None. Under `vmap` what is done with the mapped dimension is the compiler's choice."""
+    mesh = _mesh()
+    return tree if mesh is None else jax.tree.map(
+        lambda x: jax.lax.with_sharding_constraint(x, _spec(x, axes, mesh)), tree)
+
+
+def constrain_state(state):
+    """A train state on the mesh that is set, if one is."""
+    mesh = _mesh()
+    return state if mesh is None else jax.lax.with_sharding_constraint(
+        state, specs(state, STATE, mesh, lead=("member",)))
+
+
+def spread() -> int:
+    """Over how many devices the compiler divides the episodes of a member."""
+    mesh = _mesh()
+    return 1 if mesh is None else math.prod(mesh.shape[name] for name in EPISODES)
+
+
+def _mesh():
+    """The mesh that is set, where the compiler divides arrays over it; None: there is none, or each device is told its
+    own part (pmap)."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or AxisType.Auto not in mesh.axis_types:
-        return x
-    spec = fitting((*axes, *[None] * (x.ndim - len(axes))), x.shape, mesh)
-    return jax.lax.with_sharding_constraint(x, spec)
+    return None if mesh.empty or AxisType.Auto not in mesh.axis_types else mesh

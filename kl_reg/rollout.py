@@ -20,6 +20,7 @@ from kl_reg.kl.budget import Caps
 from kl_reg.kl.exact import TokenTerms
 from kl_reg.models import decoder
 from kl_reg.models.actor import Situation
+from kl_reg.parallel import EPISODES, constrain
 from kl_reg.types import AGENT, FORCED, OPENING, PAD, Episodes, Frozen, Openings, Transcript
 
 _BLOCK = 64
@@ -109,7 +110,8 @@ def rollout(program, params, memory, frozen: Frozen, caps: Caps, keys: Array, fi
         Episodes [m, b, ...]; the agent stream has room for every token of the episode. Of a program that is `deferred`
         they lack what `scoring.complete` adds.
     """
-    own, leaders = (episode_keys(keys, first, program.episodes, size) for size in (1, group))
+    own, leaders = (constrain(episode_keys(keys, first, program.episodes, size), "member", EPISODES)
+                    for size in (1, group))
     chosen = choose_openings(program.env.openings, leaders)
     fixed, openings, carry = begin(program, params, memory, frozen, caps, own, chosen, program.sharing(group))
     carry, steps = _until_over(program, _apart(program, fixed) if program.copies else fixed, carry)
@@ -128,6 +130,7 @@ def _until_over(program, fixed, carry):
     and are zero otherwise."""
     _, shapes = jax.eval_shape(partial(step, program, fixed), carry, jnp.int32(0))
     steps = jax.tree.map(lambda x: jnp.zeros((program.env.length, *x.shape), x.dtype), shapes)
+    steps = constrain(steps, None, "member", EPISODES)
     steps = steps._replace(role=steps.role + PAD, turn=steps.turn - 1)
 
     def unfinished(state):

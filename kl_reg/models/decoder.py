@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from kl_reg.models.block import REMATS, Block, DecoderConfig
 from kl_reg.models.layers import Norm, Source, Stored, attend, rotate, store
+from kl_reg.parallel import ROWS, constrain
 
 
 class Hidden(NamedTuple):
@@ -148,14 +149,17 @@ class LayerCache(NamedTuple):
 
 
 def prefill(config: DecoderConfig, params: dict, tokens: Int[Array, "b t"], start: Int[Array, " b"], slots: int,
-            features: int = 0, adapter: dict | None = None, group: int = 1) -> tuple[Hidden, tuple[LayerCache, ...]]:
-    """`forward`, and a cache of `slots` slots for `group` rows behind each of the prompts, its first t slots filled."""
+            features: int = 0, adapter: dict | None = None, group: int = 1, axes: tuple = ROWS
+            ) -> tuple[Hidden, tuple[LayerCache, ...]]:
+    """`forward`, and a cache of `slots` slots for `group` rows behind each of the prompts, its first t slots filled;
+    rows lie on these axes of the mesh, heads on "tensor"."""
     (hidden,), kept = _scan(config, params, (_Section(tokens, start, 0),), features, adapter, keep=True)
     rows, empty = len(tokens) * group, (config.kv_heads, slots - tokens.shape[1], config.head_width)
 
     def layer(i):
         prompt = [store(x[i], config.cache) for x in kept]
-        return LayerCache(*prompt, *(store(jnp.zeros((rows, *empty), config.dtype), config.cache) for _ in prompt))
+        own = (store(jnp.zeros((rows, *empty), config.dtype), config.cache) for _ in prompt)
+        return constrain(LayerCache(*prompt, *own), axes, "tensor")
 
     return hidden, tuple(layer(i) for i in range(config.layers))
 

@@ -11,6 +11,7 @@ from jaxtyping import Array
 from kl_reg.models import decoder
 from kl_reg.models.actor import Scalars, Situation
 from kl_reg.models.policy import Alone, Factored, Policy, Reading, States, before, flat
+from kl_reg.parallel import EPISODES
 
 
 class TwinFeatures(NamedTuple):
@@ -116,7 +117,8 @@ def full(config: decoder.DecoderConfig, settings) -> Policy:
 
     def prefill(own, base, tokens, start, slots, group):
         del base
-        return jax.vmap(lambda p, t, s: decoder.prefill(config, p, t, s, slots, group=group)[1])(own, tokens, start)
+        one = lambda p, t, s: decoder.prefill(config, p, t, s, slots, group=group, axes=EPISODES)[1]  # noqa: E731
+        return jax.vmap(one)(own, tokens, start)
 
     def decode(own, base, token, start, index, cache):
         del base

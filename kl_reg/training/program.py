@@ -4,14 +4,16 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
-from kl_reg import advantages, envs, losses, rollout
+from kl_reg import advantages, envs, losses, parallel, rollout
 from kl_reg.analysis.groups import TokenGroups, token_groups
 from kl_reg.config import Static
 from kl_reg.envs.environment import Environment
@@ -96,14 +98,24 @@ class Program(NamedTuple):
         return ("log_prob", "entropy", *[kl] * exact)
 
     def sharing(self, group: int) -> int:
-        """How many episodes in a row of a member have the same opening, in a batch where `group` in a row have."""
-        return self.episodes if len(self.env.openings.start) == 1 else group
+        """How many episodes in a row of a member may read one opening together, in a batch where `group` in a row have
+        the same: as many as have, where what they share can lie on the devices that they lie on."""
+        if len(self.env.openings.start) == 1:
+            return self.episodes
+        return group if self.episodes // group % parallel.spread() == 0 else 1
 
     def cost(self, members: int) -> scoring.Cost:
         """Of an update: its minibatches' parts."""
         rows = self.episodes // self.minibatches // self.accumulate
-        group = rows if len(self.env.openings.start) == 1 else self.group
-        return scoring.Cost(group if rows % group == 0 else 1, members)
+        return self._cost(rows, rows if len(self.env.openings.start) == 1 else self.group, members)
+
+    def cost_of_all(self, group: int, members: int) -> scoring.Cost:
+        """Of a pass over a batch, in which `group` episodes in a row have the same opening."""
+        return self._cost(self.episodes, self.sharing(group), members)
+
+    def _cost(self, rows, group, members):
+        # Over several devices the tokens of openings and of episodes would have to change places in every layer.
+        return scoring.Cost(group if rows % group == 0 and parallel.spread() == 1 else 1, members)
 
     def own_parts(self) -> list[Callable]:
         """The functions of the update that are not the library's: an edited one is another experiment."""
@@ -167,8 +179,13 @@ class Compiled(NamedTuple):
     update: Callable
 
 
-def compile_program(program: Program) -> Compiled:
-    """The program's functions; each compiles at its first call."""
+def compile_program(program: Program, mesh: Mesh | None = None) -> Compiled:
+    """The program's functions; each compiles at its first call.
+
+    Args:
+        mesh: that arguments lie on as `kl_reg.parallel` says; None: one device.
+    """
+    over = nullcontext if mesh is None else partial(jax.sharding.use_abstract_mesh, mesh.abstract_mesh)
 
     def init(base, seeds, hyper: Hyper):
         def one(seed, hyper):
@@ -176,26 +193,32 @@ def compile_program(program: Program) -> Compiled:
             return TrainState(params, program.optimizer.init(params), seed, jnp.int32(0),
                               program.controller.init(hyper), program.reference.init(params))
 
-        return jax.vmap(one)(seeds, hyper)
+        with over():
+            return parallel.constrain_state(jax.vmap(one)(seeds, hyper))
 
     def draw(params, memory, hyper: Hyper, frozen: Frozen, keys, first, group=1) -> Episodes:
-        return rollout.rollout(program, params, memory, frozen, scoring.caps_of(hyper), keys, first, group)
+        with over():
+            episodes = rollout.rollout(program, params, memory, frozen, scoring.caps_of(hyper), keys, first, group)
+            return parallel.constrain(episodes, "member", parallel.EPISODES)
 
     def complete(params, frozen, episodes, group, terms) -> Episodes:
-        cost = scoring.Cost(program.sharing(group), len(episodes.mask))
+        cost = program.cost_of_all(group, len(episodes.mask))
         return scoring.complete(program, params, frozen, episodes, cost, terms) if program.deferred else episodes
 
     def sample(params, memory, hyper: Hyper, frozen: Frozen, keys, first, group=1) -> Episodes:
         episodes = draw(params, memory, hyper, frozen, keys, first, group)
-        return complete(params, frozen, episodes, group, terms=True)
+        with over():
+            return parallel.constrain(complete(params, frozen, episodes, group, terms=True), "member",
+                                      parallel.EPISODES)
 
     def update(state: TrainState, hyper: Hyper, frozen: Frozen, episodes: Episodes, rewards):
-        episodes = complete(state.params, frozen, episodes, program.group, not program.once)
-        longest = episodes.mask.sum(-1).max()
-        one = partial(step.update, program, members=len(state.seed))
-        *new, episodes = jax.vmap(one, in_axes=(0, 0, None, 0, 0, None))(
-            state, hyper, frozen, episodes, rewards, longest)
-        return *new, episodes._replace(features=(), reference=(), kept=None)
+        with over():
+            episodes = complete(state.params, frozen, episodes, program.group, not program.once)
+            longest = episodes.mask.sum(-1).max()
+            one = partial(step.update, program, members=len(state.seed))
+            state, *said, episodes = jax.vmap(one, in_axes=(0, 0, None, 0, 0, None))(
+                state, hyper, frozen, episodes, rewards, longest)
+            return parallel.constrain_state(state), *said, episodes._replace(features=(), reference=(), kept=None)
 
     return Compiled(jax.jit(init), jax.jit(draw, static_argnames="group"), jax.jit(sample, static_argnames="group"),
                     jax.jit(update, donate_argnums=0))

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from kl_reg.advantages import normalise
 from kl_reg.kl.exact import TokenTerms
 from kl_reg.losses.value import squared_error
+from kl_reg.parallel import EPISODES, constrain
 from kl_reg.training.scoring import Cost, Scores, caps_of, loss_at_once, score, with_scores
 from kl_reg.types import Episodes, Frozen, Hyper, TrainState, WeightedMetric
 
@@ -148,6 +149,7 @@ def gradient(program, params, memory, frozen: Frozen, episodes: Episodes, target
         return jax.tree.map(jnp.add, sums, (grads, parts)), scores
 
     split = jax.tree.map(lambda x: x.reshape(program.accumulate, rows, *x.shape[1:]), (episodes, targets))
+    split = constrain(split, None, EPISODES)
     shapes = jax.eval_shape(own, params, *jax.tree.map(lambda x: x[0], split))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (shapes[0], shapes[1][0]))
     (grads, parts), scores = jax.lax.scan(add, zeros, split)
@@ -173,7 +175,9 @@ def update(program, state: TrainState, hyper: Hyper, frozen: Frozen, episodes: E
 
     def minibatch(carry, index):
         params, opt_state, stopped = carry
-        part, own = jax.tree.map(lambda x: x[index], (episodes, goals))
+        part, own = episodes, goals
+        if program.minibatches > 1:
+            part, own = constrain(jax.tree.map(lambda x: x[index], (episodes, goals)), EPISODES)
         grads, parts, scores = gradient(program, params, state.reference, frozen, part, own, hyper, longest, cost)
         ratios = jnp.where(part.mask, scores.terms.log_ratio, 0.0)
         norm = safe_norm(grads)

@@ -1,0 +1,105 @@
+"""A small program with everything whose sums run over episodes, its recorded episodes, and three updates from them. It
+is also what the processes of test_hosts.py run."""
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from kl_reg import config as configs
+from kl_reg import parallel, rollout
+from kl_reg.models import decoder, weights
+from kl_reg.training import program as programs
+from kl_reg.types import Episodes, Frozen, Hyper
+
+EPISODES, LENGTH, UPDATES = 8, 8, 3
+
+SGD = optax.GradientTransformation(lambda params: jax.tree.map(jnp.zeros_like, params),
+                                   lambda grads, state, params: (grads, grads))
+"""Moves along the gradient, and keeps it as its state."""
+
+
+class Case(NamedTuple):
+    """A program, its base model, settings and seeds of its members, and parameters away from the start."""
+
+    program: programs.Program
+    base: dict
+    hyper: Hyper
+    seeds: np.ndarray
+    params: dict
+
+
+def case(folder: str, prompts: str, kind: str = "full", members: int = 1, experts: int = 0, **changes) -> Case:
+    """One layer, prompts of several lengths, two episodes each, advantages of whole groups normalised, a controller;
+    `changes` are settings with __ for the dot."""
+    config = configs.default()
+    config.model.path, config.policy.kind, config.policy.hidden, config.policy.layers = folder, kind, 8, 1
+    config.env.name, config.env.openings, config.env.end, config.env.length = "completion", prompts, "e", LENGTH
+    config.rl.algorithm, config.rl.group, config.rl.normalise, config.rl.episodes = "grpo", 2, True, EPISODES
+    config.rl.value_coef, config.rl.entropy_coef, config.rl.epochs, config.optim.max_grad_norm = 0.5, 0.01, 1, 1e9
+    config.kl.coef, config.kl.controller, config.kl.rate, config.kl.placement = 0.3, "pi", 0.5, "loss"
+    config.optim.warmup, config.optim.learning_rate = 1, 0.05
+    config.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
+    static, hyper, _ = configs.split(config)
+    model = weights.load(folder)
+    shapes = dataclasses.replace(model.config, layers=1, experts=experts)
+    base = jax.tree.map(lambda x: 4 * x if x.ndim > 1 else x, decoder.init(shapes, jax.random.key(1)))
+    program = programs.build(static, model._replace(config=shapes, params=base))._replace(optimizer=SGD)
+    hyper = jax.tree.map(lambda x: np.full(members, x), hyper)._replace(
+        kl_coef=np.linspace(0.3, 1.0, members, dtype=np.float32))
+    seeds, rng = np.arange(members, dtype=np.int32), np.random.default_rng(0)
+    state = programs.compile_program(program).init(base, seeds, hyper)
+    params = jax.tree.map(lambda x: np.float32(x + 0.02 * rng.standard_normal(x.shape)), jax.device_get(state.params))
+    return Case(program, jax.device_get(base), hyper, seeds, params)
+
+
+def mesh_of(devices=None, **sizes):
+    settings = configs.default().parallel
+    settings.update(sizes)
+    return parallel.mesh_of(settings, devices)
+
+
+def placed(own: Case, mesh):
+    """The compiled program, its state and what its functions take beside it, on the mesh (None: one device)."""
+    run = programs.compile_program(own.program, mesh)
+    frozen, hyper, seeds = Frozen(own.base), own.hyper, own.seeds
+    if mesh is not None:
+        frozen = parallel.put(frozen, Frozen(parallel.model_shardings(own.base, mesh)))
+        hyper, seeds = parallel.put((hyper, seeds), parallel.member_shardings((hyper, seeds), mesh))
+    state = run.init(frozen.base, seeds, hyper)
+    params = own.params if mesh is None else parallel.put(own.params, jax.tree.map(lambda x: x.sharding, state.params))
+    return run, state._replace(params=params), hyper, frozen
+
+
+def sample(own: Case, mesh=None) -> Episodes:
+    """Episodes of the iteration 0, drawn on the mesh."""
+    run, state, hyper, frozen = placed(own, mesh)
+    first = np.zeros(len(own.seeds), np.int32)
+    first = jnp.asarray(first) if mesh is None else parallel.put(first, parallel.member_shardings(first, mesh))
+    keys = rollout.member_keys(state.seed, state.iteration)
+    return run.draw(state.params, state.reference, hyper, frozen, keys, first, own.program.group)
+
+
+def rewards_of(episodes: Episodes) -> np.ndarray:
+    """The mean of a completion's token ids, at its last token, [m, b, k]."""
+    action, mask = np.asarray(episodes.action), np.asarray(episodes.mask)
+    last = np.arange(mask.shape[-1]) == mask.sum(-1, keepdims=True) - 1
+    mean = (action * mask).sum(-1) / np.maximum(mask.sum(-1), 1) / 100
+    return np.float32(np.where(last & mask, mean[..., None], 0))
+
+
+def updates(own: Case, episodes: Episodes, mesh=None):
+    """Three updates from the same host episodes: metrics, gradient and parameters behind each, on the host."""
+    run, state, hyper, frozen = placed(own, mesh)
+    given = episodes, rewards_of(episodes)
+    if mesh is not None:
+        given = parallel.put(given, parallel.episode_shardings(given, mesh))
+    out = []
+    for _ in range(UPDATES):
+        state, metrics, extreme, _ = run.update(state, hyper, frozen, *given)
+        out.append(jax.device_get((metrics, extreme, state.opt_state, state.params, state.controller)))
+    return out, state
