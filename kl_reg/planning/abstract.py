@@ -24,8 +24,8 @@ _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "
 
 
 class Stream(NamedTuple):
-    """What an iteration passes on: keys and first episodes of the rollout, its episodes, their rewards; and `cache`, the
-    keys and values of policy, reference and student that a rollout keeps."""
+    """What an iteration passes on: keys and first episodes of the rollout, its episodes, their rewards; and `cache`,
+    the keys and values of policy, reference and student that a rollout keeps."""
 
     keys: object
     first: object

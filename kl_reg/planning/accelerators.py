@@ -34,8 +34,7 @@ ACCELERATORS = {
     "h100": Accelerator("NVIDIA H100 SXM", 989e12, 80e9, 3350e9, 450e9, 50e9, "NVIDIA H100 data sheet"),
     "h200": Accelerator("NVIDIA H200 SXM", 989e12, 141e9, 4800e9, 450e9, 50e9, "NVIDIA H200 data sheet"),
 }
-"""TPUs by the names of libtpu's topologies. v4, v5p: three torus dimensions, v5e, v6e: two. GPUs are connected by NVLink
-in nodes of eight."""
+"""TPUs by the names of libtpu's topologies; GPUs are connected by NVLink in nodes of eight."""
 
 
 class Topology(NamedTuple):

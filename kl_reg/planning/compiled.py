@@ -98,18 +98,17 @@ def _cache(abstract, mesh):
 
 def compile_stage(name: str, abstract: Abstract, given: Arguments, mesh: Mesh) -> Stage:
     """Compiles rollout or update."""
-    run, began = program.compile_program(abstract.program), time.monotonic()
-    with jax.set_mesh(mesh):
-        if name == "rollout":
-            traced = run.draw.trace(given.state.params, given.state.reference, given.hyper, given.frozen, given.keys,
-                                    given.first, group=abstract.program.group)
-        else:
-            traced = run.update.trace(given.state, given.hyper, given.frozen, given.episodes, given.rewards)
-        work = flops.count(traced.jaxpr.jaxpr, abstract.program.env.length)
-        try:
-            done = traced.lower().compile()
-        except jax.errors.JaxRuntimeError as error:
-            return Stage(name, 0.0, work, None, _refused(error), time.monotonic() - began)
+    run, began = program.compile_program(abstract.program, mesh), time.monotonic()
+    if name == "rollout":
+        traced = run.draw.trace(given.state.params, given.state.reference, given.hyper, given.frozen, given.keys,
+                                given.first, group=abstract.program.group)
+    else:
+        traced = run.update.trace(given.state, given.hyper, given.frozen, given.episodes, given.rewards)
+    work = flops.count(traced.jaxpr.jaxpr, abstract.program.env.length)
+    try:
+        done = traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        return Stage(name, 0.0, work, None, _refused(error), time.monotonic() - began)
     memory = done.memory_analysis()
     own = memory.peak_memory_in_bytes - memory.argument_size_in_bytes
     return Stage(name, own, work, hlo.traffic(hlo.parse(done.as_text())), None, time.monotonic() - began)

@@ -16,8 +16,8 @@ HOP = 1e-6
 NODE = 8
 """GPUs that NVLink connects."""
 
-ASSUMPTION = ("compute, memory traffic and collectives run at the published peak and overlap wholly, so that the longest "
-              f"counts; a collective is a ring over one torus axis in both directions, and {HOP * 1e6:g} us a hop")
+ASSUMPTION = ("compute, memory traffic and collectives run at the published peak and overlap wholly, so that the "
+              f"longest counts; a collective is a ring over one torus axis, both ways, and {HOP * 1e6:g} us a hop")
 
 
 class Times(NamedTuple):
@@ -69,8 +69,8 @@ def axes_of(groups: np.ndarray, mesh: Mesh) -> tuple[str, ...]:
 def seconds(topology: Topology, mesh: Mesh, kind: str, size: float, groups: np.ndarray) -> float:
     """Of one collective with `size` bytes of payload: what a ring sends over a link, and its hops.
 
-    Of n devices each sends 2 (n - 1) / n of the payload of an all-reduce, (n - 1) / n of an all-gather, reduce-scatter or
-    all-to-all, and all of a permute's.
+    Of n devices each sends 2 (n - 1) / n of the payload of an all-reduce, (n - 1) / n of that of an all-gather,
+    reduce-scatter or all-to-all, and all of a permute's.
     """
     members = groups.shape[1]
     if members == 1:

@@ -89,10 +89,7 @@ def parse(text: str) -> Module:
 
 
 def _instruction(root, name, text) -> Instruction:
-    if text.startswith("("):
-        end = _closing(text, 0) + 1
-    else:
-        end = text.index(" ")
+    end = _closing(text, 0) + 1 if text.startswith("(") else text.index(" ")
     shape, text = text[:end], text[end:].lstrip()
     start = text.index("(")
     end = _closing(text, start)
@@ -183,14 +180,17 @@ def traffic(module: Module) -> Traffic:
     """All that one run of the program moves."""
     found, unknown, chains = [], [], set()
 
+    def add(name, line, times):
+        """What is overlapped with other work stands in several fusions, which have its chain in common."""
+        kind, chain = line.op.removesuffix("-start"), re.search(r'chain_id="(\d+)"', line.rest)
+        if kind in KINDS and not (chain and chain[1] in chains):
+            found.append(Collective(kind, _payload(module.computations[name], line, kind), groups(line.rest), times))
+            chains.update([chain[1]] if chain else [])
+
     def walk(name, times, fused):
         memory = 0.0
         for line in module.computations[name].values():
-            kind = line.op.removesuffix("-start")
-            chain = re.search(r'chain_id="(\d+)"', line.rest)
-            if kind in KINDS and not (chain and chain[1] in chains):
-                found.append(Collective(kind, _payload(module.computations[name], line, kind), groups(line.rest), times))
-                chains.update([chain[1]] if chain else [])
+            add(name, line, times)
             if line.op == "while":
                 count = turns(module, line)
                 unknown.extend([line.name] if count is None else [])

@@ -6,7 +6,7 @@ import pathlib
 import tempfile
 from typing import NamedTuple
 
-from jax.sharding import Mesh
+import jax
 from ml_collections import ConfigDict
 
 from kl_reg import parallel
@@ -100,8 +100,6 @@ def make(programs: list[abstract.Abstract], settings: ConfigDict, topology: Topo
 
 def count(programs) -> int:
     """Parameters of the base model."""
-    import jax
-
     return sum(math.prod(x.shape) for x in jax.tree.leaves(programs[0].frozen.base))
 
 

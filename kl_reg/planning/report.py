@@ -21,7 +21,7 @@ def text_of(axes: dict[str, int]) -> str:
 def show(plan: Plan, name: str) -> None:
     """Prints the plan of the configuration of that name; the last line says whether it fits, and by how much."""
     chip = plan.topology.accelerator
-    print(f"plan       {name} on {plan.topology.name}: {plan.topology.count} x {chip.name}, {chip.hbm / GIB:.2f} GiB each")
+    print(f"plan       {name} on {plan.topology.name}: {plan.topology.count} x {chip.name}, {chip.hbm / GIB:.2f} GiB")
     print(f"mesh       {text_of(plan.axes)}")
     print(f"model      {plan.parameters / 1e9:.4g} B parameters in the base")
     if plan.guessed:
@@ -32,7 +32,8 @@ def show(plan: Plan, name: str) -> None:
         _show_program(number, program, chip.hbm)
     print(f"\nsources    {chip.source}\nassumption {estimate.ASSUMPTION}; rewards and compilation are not counted")
     if plan.chip_hours is not None:
-        print(f"sweep      at least {plan.chip_hours / plan.topology.count:.3g} hours, {plan.chip_hours:.3g} chip-hours")
+        hours = plan.chip_hours
+        print(f"sweep      at least {hours / plan.topology.count:.3g} hours, {hours:.3g} chip-hours")
     print(_verdict(plan))
 
 

@@ -1,4 +1,5 @@
-"""Meshes ranked without compiling them, by rules of thumb: what is sharded, gathered and added up, at published rates."""
+"""Meshes ranked without compiling them, by rules of thumb: what is divided, gathered and added up, at published rates.
+"""
 from __future__ import annotations
 
 import itertools
@@ -39,8 +40,9 @@ def meshes(programs: list[Abstract], topology: Topology) -> list[dict[str, int]]
     """All that divide the members, episodes, heads and experts that there are; slices lie on member or data."""
     first, out = programs[0], []
     members = math.gcd(*(len(own.members) for own in programs))
-    bounds = {"member": members, "tensor": math.gcd(first.shapes.mlp_width, first.shapes.heads * first.shapes.head_width),
-              "expert": max(first.shapes.experts, 1)}
+    shapes = first.shapes
+    columns = math.gcd(shapes.mlp_width, shapes.heads * shapes.head_width)
+    bounds = {"member": members, "tensor": columns, "expert": max(shapes.experts, 1)}
     divisors = [size for size in range(1, topology.count + 1) if topology.count % size == 0]
     for shape in itertools.product(divisors, repeat=len(parallel.AXES) - 1):
         rest = topology.count // math.prod(shape) if topology.count % math.prod(shape) == 0 else 0
@@ -102,8 +104,8 @@ def _most(own, resident, axes):
     rollout = resident.cache + resident.episodes + built.copies * copies + 6 * _rows(own, axes) * vocabulary
     read = min(built.entries, _rows(own, axes) * built.env.length * shapes.vocab) * 4 / axes["tensor"]
     tokens = _rows(own, axes) / built.minibatches / built.accumulate * built.env.length
-    a_layer = tokens * item * (shapes.width if shapes.remat else 8 * shapes.width + 3 * shapes.mlp_width / axes["tensor"])
-    activations = a_layer * shapes.layers if _trains_trunk(own) else 0.0
+    numbers = shapes.width if own.config.model.remat else 8 * shapes.width + 3 * shapes.mlp_width / axes["tensor"]
+    activations = tokens * item * numbers * shapes.layers if _trains_trunk(own) else 0.0
     return max(rollout, resident.episodes + resident.params + read + activations)
 
 
