@@ -15,7 +15,7 @@ from functools import partial
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
@@ -186,25 +186,25 @@ def put(tree, shardings):
 def constrain(tree, *axes):
     """Divides arrays over the mesh that is set, if one is: an entry for each of their first dimensions, a name, several
     or None. Under `vmap` what is done with the mapped dimension is the compiler's choice."""
-    mesh = _mesh()
+    mesh = auto_mesh()
     return tree if mesh is None else jax.tree.map(
         lambda x: jax.lax.with_sharding_constraint(x, _spec(x, axes, mesh)), tree)
 
 
 def constrain_state(state):
     """A train state on the mesh that is set, if one is."""
-    mesh = _mesh()
+    mesh = auto_mesh()
     return state if mesh is None else jax.lax.with_sharding_constraint(
         state, specs(state, STATE, mesh, lead=("member",)))
 
 
 def spread() -> int:
     """Over how many devices the compiler divides the episodes of a member."""
-    mesh = _mesh()
+    mesh = auto_mesh()
     return 1 if mesh is None else math.prod(mesh.shape[name] for name in EPISODES)
 
 
-def _mesh():
+def auto_mesh() -> AbstractMesh | None:
     """The mesh that is set, where the compiler divides arrays over it; None: there is none, or each device is told its
     own part (pmap)."""
     mesh = jax.sharding.get_abstract_mesh()

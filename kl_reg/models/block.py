@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from kl_reg.models.layers import ACTIVATIONS, Experts, Linear, Norm, Rope
+from kl_reg.models.experts import Experts
+from kl_reg.models.layers import ACTIVATIONS, Linear, Norm, Rope
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 import transformers
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
-from kl_reg.models.layers import Experts
+from kl_reg.models.experts import Experts
 
 EXPERTS, CHOSEN, WIDTH, INNER, TOKENS, MEMBERS = 5, 2, 8, 6, 12, 3
 LAYER = Experts(INNER, EXPERTS, CHOSEN, "silu", jnp.float32)
