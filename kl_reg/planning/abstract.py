@@ -1,7 +1,6 @@
 """The real programs of a configuration on arrays that have shapes and no content: nothing but config.json is needed."""
 from __future__ import annotations
 
-import functools
 import json
 import pathlib
 import shutil
@@ -16,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from kl_reg import config as configs
 from kl_reg import rollout, runs, validation
 from kl_reg.models import decoder, folders, quantize, weights
+from kl_reg.planning import flops
 from kl_reg.training import program, scoring, sweep
 from kl_reg.types import Episodes, Frozen, Hyper, Openings, TrainState
 
@@ -37,8 +37,9 @@ class Stream(NamedTuple):
 class Abstract(NamedTuple):
     """One program of a sweep; all arrays are `jax.ShapeDtypeStruct`, with the member axis that training gives them.
 
-    `members` are their numbers in the sweep; `shapes` the base model's; `guessed`: the tokens that openings have where
-    there is no tokenizer to count them, `env.opening_tokens`; else 0.
+    `members` are their numbers in the sweep; `shapes` the base model's; `flops` the operations of rollout and update,
+    of all devices together; `guessed`: the tokens that openings have where there is no tokenizer to count them,
+    `env.opening_tokens`; else 0.
     """
 
     members: list[int]
@@ -49,6 +50,7 @@ class Abstract(NamedTuple):
     hyper: Hyper
     state: TrainState
     stream: Stream
+    flops: dict[str, float]
     guessed: int
 
 
@@ -66,11 +68,12 @@ def programs(config: ConfigDict, scratch: pathlib.Path) -> list[Abstract]:
     return [_abstract(group, guessed) for group in runs.groups(config)]
 
 
-def _stream(built, state, hyper, frozen) -> Stream:
-    count = state.seed.shape[0]
+def _traced(built, state, hyper, frozen) -> tuple[Stream, dict[str, float]]:
+    """What an iteration passes on, and its operations."""
+    count, run = state.seed.shape[0], program.compile_program(built)
     keys, first = jax.eval_shape(rollout.member_keys, state.seed, state.iteration), _integers(count)
-    draw = functools.partial(program.compile_program(built).draw, group=built.group)
-    episodes = jax.eval_shape(draw, state.params, state.reference, hyper, frozen, keys, first)
+    draw = run.draw.trace(state.params, state.reference, hyper, frozen, keys, first, group=built.group)
+    episodes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), draw.out_info)
 
     def begin(state, hyper, frozen, keys, first):
         keys = rollout.episode_keys(keys, first, built.episodes)
@@ -80,7 +83,10 @@ def _stream(built, state, hyper, frozen) -> Stream:
 
     carry = jax.eval_shape(begin, state, hyper, frozen, keys, first)
     rewards = jax.ShapeDtypeStruct((count, built.episodes, built.env.length), jnp.float32)
-    return Stream(keys, first, episodes, rewards, (carry.policy, carry.reference, carry.student))
+    update = run.update.trace(state, hyper, frozen, episodes, rewards)
+    work = {name: flops.count(traced.jaxpr.jaxpr, built.env.length)
+            for name, traced in (("rollout", draw), ("update", update))}
+    return Stream(keys, first, episodes, rewards, (carry.policy, carry.reference, carry.student)), work
 
 
 def _integers(count):
@@ -103,7 +109,7 @@ def _abstract(group, guessed) -> Abstract:
     hyper = jax.tree.map(lambda x: jax.ShapeDtypeStruct((len(group),), x.dtype), hypers[0])
     state = jax.eval_shape(program.compile_program(built).init, base.params, _integers(len(seeds)), hyper)
     frozen = Frozen(base.params, reference, student.params if student else ())
-    return Abstract(numbers, config, built, base.config, frozen, hyper, state, _stream(built, state, hyper, frozen),
+    return Abstract(numbers, config, built, base.config, frozen, hyper, state, *_traced(built, state, hyper, frozen),
                     guessed["tokens"] if guessed else 0)
 
 
@@ -136,6 +142,7 @@ def _at_hand(config, scratch) -> tuple[ConfigDict, dict]:
         config.env.student_model, _ = place("env.student_model", config.env.student_model)
     if not (config.reference.paths and runs.parse(config.reference.paths[0])):
         config.reference.paths = tuple(place("reference.paths", path)[0] for path in config.reference.paths)
+    config.reward = configs.default().reward         # which is no part of these programs
     if not own_words:
         guessed = {"count": 1 if config.env.openings == "fixed" else 2, "tokens": config.env.opening_tokens}
         config.env.openings, config.env.opening = "fixed", "a"

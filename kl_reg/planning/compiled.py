@@ -10,7 +10,7 @@ import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from kl_reg import parallel
-from kl_reg.planning import flops, hlo
+from kl_reg.planning import hlo
 from kl_reg.planning.abstract import Abstract
 from kl_reg.training import program
 
@@ -18,13 +18,12 @@ STAGES = ("rollout", "update")
 
 
 class Stage(NamedTuple):
-    """Rollout or update of one program, of one device: `own` bytes of memory that it needs beside what it is given, its
-    matrix products' `flops`, and its `traffic`. Where it does not compile, only `refused` says what it needs in all,
+    """Rollout or update of one program, of one device: `own` bytes of memory that it needs beside what it is given,
+    and its `traffic`. Where it does not compile, only `refused` says what it needs in all,
     bytes."""
 
     name: str
     own: float
-    flops: float
     traffic: hlo.Traffic | None
     refused: float | None
     seconds: float
@@ -104,14 +103,13 @@ def compile_stage(name: str, abstract: Abstract, given: Arguments, mesh: Mesh) -
                                 given.first, group=abstract.program.group)
     else:
         traced = run.update.trace(given.state, given.hyper, given.frozen, given.episodes, given.rewards)
-    work = flops.count(traced.jaxpr.jaxpr, abstract.program.env.length)
     try:
         done = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
-        return Stage(name, 0.0, work, None, _refused(error), time.monotonic() - began)
+        return Stage(name, 0.0, None, _refused(error), time.monotonic() - began)
     memory = done.memory_analysis()
     own = memory.peak_memory_in_bytes - memory.argument_size_in_bytes
-    return Stage(name, own, work, hlo.traffic(hlo.parse(done.as_text())), None, time.monotonic() - began)
+    return Stage(name, own, hlo.traffic(hlo.parse(done.as_text())), None, time.monotonic() - began)
 
 
 def _refused(error) -> float:

@@ -8,8 +8,7 @@ from jax.extend import core
 
 
 def count(jaxpr: core.Jaxpr, turns: int = 1) -> float:
-    """Multiplications and additions of all matrix products and convolutions of one run, on all devices together, if no
-    work is done twice.
+    """Multiplications and additions of all matrix products and convolutions of one run of a program for one device.
 
     Args:
         turns: of a `while` loop whose body has any; `scan` says its own. Of a `cond` the dearest branch counts.
@@ -29,7 +28,7 @@ def count(jaxpr: core.Jaxpr, turns: int = 1) -> float:
         elif name == "cond":
             total += max(inner)
         else:
-            total += _times(name, params, turns) * sum(inner)
+            total += {"scan": params.get("length"), "while": turns}.get(name, 1) * sum(inner)
     return total
 
 
@@ -55,11 +54,3 @@ def _ragged(equation):
 def _convolution(equation):
     kernel, numbers = equation.invars[1].aval.shape, equation.params["dimension_numbers"]
     return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) / kernel[numbers.rhs_spec[0]]
-
-
-def _times(name, params, turns):
-    """How often the body of an equation runs; of a `shard_map` on how many devices, each on another part."""
-    if name == "shard_map":
-        sizes = dict(params["mesh"].shape)
-        return math.prod(sizes[axis] for axis in params["manual_axes"])
-    return {"scan": params.get("length"), "while": turns}.get(name, 1)

@@ -91,7 +91,7 @@ def make(programs: list[abstract.Abstract], settings: ConfigDict, topology: Topo
     plans = []
     for own, args, resident in zip(programs, given, kept, strict=True):
         beside = states - (resident.params + resident.optimizer + resident.other)       # of the other programs
-        stages = [_stage(compiled.compile_stage(name, own, args, mesh), resident, beside, topology, mesh)
+        stages = [_stage(own, compiled.compile_stage(name, own, args, mesh), resident, beside, topology, mesh)
                   for name in compiled.STAGES]
         plans.append(_program(own, resident, stages))
     notes = parallel.undivided(programs[0].frozen.base, parallel.DECODER, mesh)
@@ -103,16 +103,17 @@ def count(programs) -> int:
     return sum(math.prod(x.shape) for x in jax.tree.leaves(programs[0].frozen.base))
 
 
-def _stage(stage, resident, beside, topology, mesh) -> StagePlan:
+def _stage(own, stage, resident, beside, topology, mesh) -> StagePlan:
+    flops = own.flops[stage.name]
     if stage.refused is not None:
         missing = resident.optimizer if stage.name == "rollout" else 0.0        # which that program does not see
-        return StagePlan(stage.name, stage.refused + missing + beside, False, stage.flops / topology.count, 0.0, [],
+        return StagePlan(stage.name, stage.refused + missing + beside, False, flops / topology.count, 0.0, [],
                          None, [])
     traffic = stage.traffic
     needs = resident.during(stage.name) + beside + stage.own
-    return StagePlan(stage.name, needs, True, stage.flops / topology.count, traffic.memory,
+    return StagePlan(stage.name, needs, True, flops / topology.count, traffic.memory,
                      estimate.summary(topology, mesh, traffic.collectives),
-                     estimate.times(topology, mesh, stage.flops, traffic.memory, traffic.collectives), traffic.unknown)
+                     estimate.times(topology, mesh, flops, traffic.memory, traffic.collectives), traffic.unknown)
 
 
 def _program(own, resident, stages) -> ProgramPlan:

@@ -10,10 +10,9 @@ import jax
 from jax.sharding import AbstractMesh
 
 from kl_reg import parallel
-from kl_reg.planning import compiled, estimate, flops
+from kl_reg.planning import compiled, estimate
 from kl_reg.planning.abstract import Abstract
 from kl_reg.planning.accelerators import Topology
-from kl_reg.training import program
 
 
 class Guess(NamedTuple):
@@ -27,13 +26,6 @@ class Guess(NamedTuple):
     @property
     def seconds(self) -> float:
         return self.rollout.seconds + self.update.seconds
-
-
-class Work(NamedTuple):
-    """Operations of rollout and update of a program, on all devices together."""
-
-    rollout: float
-    update: float
 
 
 def meshes(programs: list[Abstract], topology: Topology) -> list[dict[str, int]]:
@@ -54,32 +46,21 @@ def meshes(programs: list[Abstract], topology: Topology) -> list[dict[str, int]]
     return out
 
 
-def work(own: Abstract) -> Work:
-    """Traced, on no device in particular."""
-    run, given = program.compile_program(own.program), own.stream
-    rollout = run.draw.trace(own.state.params, own.state.reference, own.hyper, own.frozen, given.keys, given.first,
-                             group=own.program.group)
-    update = run.update.trace(own.state, own.hyper, own.frozen, given.episodes, given.rewards)
-    return Work(*(flops.count(traced.jaxpr.jaxpr, own.program.env.length) for traced in (rollout, update)))
-
-
 def rank(programs: list[Abstract], topology: Topology) -> list[Guess]:
     """The fastest first, behind them those that do not fit, the smallest first."""
-    works = [work(own) for own in programs]
-    found = [guess(programs, works, axes, topology) for axes in meshes(programs, topology)]
+    found = [guess(programs, axes, topology) for axes in meshes(programs, topology)]
     limit = topology.accelerator.hbm
     return sorted(found, key=lambda own: (own.needs > limit, own.seconds if own.needs <= limit else own.needs))
 
 
-def guess(programs: list[Abstract], works: list[Work], axes: dict[str, int], topology: Topology) -> Guess:
+def guess(programs: list[Abstract], axes: dict[str, int], topology: Topology) -> Guess:
     """Of one mesh."""
     mesh = AbstractMesh(tuple(axes.values()), tuple(axes))
     kept, stages = [], []
-    for own, done in zip(programs, works, strict=True):
+    for own in programs:
         resident = compiled.resident(own, compiled.arguments(own, mesh), mesh)
         kept.append(resident)
-        stages.append((_rollout(own, resident, axes, done.rollout, topology),
-                       _update(own, resident, axes, done.update, topology)))
+        stages.append((_rollout(own, resident, axes, topology), _update(own, resident, axes, topology)))
     states = sum(own.params + own.optimizer + own.other for own in kept)
     needs = kept[0].frozen + states + max(_most(own, resident, axes)
                                           for own, resident in zip(programs, kept, strict=True))
@@ -109,7 +90,7 @@ def _most(own, resident, axes):
     return max(rollout, resident.episodes + resident.params + read + activations)
 
 
-def _rollout(own, resident, axes, work, topology):
+def _rollout(own, resident, axes, topology):
     chip, shapes, length = topology.accelerator, own.shapes, own.program.env.length
     trunks = resident.frozen + (resident.params if own.config.policy.kind == "full" else 0.0)
     gathered = trunks * axes["fsdp"]
@@ -117,10 +98,10 @@ def _rollout(own, resident, axes, work, topology):
     payload = _rows(own, axes) * shapes.width * jax.numpy.dtype(shapes.dtype).itemsize
     sums = 2 * shapes.layers * length * _ring(topology, 2 * payload, axes["tensor"] * axes["expert"])
     gathers = shapes.layers * length * _ring(topology, gathered / shapes.layers, axes["fsdp"])
-    return estimate.Times(work / topology.count / chip.flops, memory / chip.bandwidth, sums + gathers)
+    return estimate.Times(own.flops["rollout"] / topology.count / chip.flops, memory / chip.bandwidth, sums + gathers)
 
 
-def _update(own, resident, axes, work, topology):
+def _update(own, resident, axes, topology):
     chip, shapes, built = topology.accelerator, own.shapes, own.program
     steps, divided = built.epochs * built.minibatches, axes["data"] * axes["fsdp"]
     trunk = 3 * built.accumulate * resident.frozen * axes["fsdp"] if _trains_trunk(own) else 0.0
@@ -130,7 +111,7 @@ def _update(own, resident, axes, work, topology):
     if _trains_trunk(own):
         sums += built.epochs * 4 * shapes.layers * _ring(topology, 2 * payload, axes["tensor"] * axes["expert"])
         sums += 3 * steps * built.accumulate * _ring(topology, resident.frozen * axes["fsdp"], axes["fsdp"])
-    return estimate.Times(work / topology.count / chip.flops, memory / chip.bandwidth, sums)
+    return estimate.Times(own.flops["update"] / topology.count / chip.flops, memory / chip.bandwidth, sums)
 
 
 def _ring(topology, sent, members):
