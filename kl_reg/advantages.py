@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from kl_reg.divided import total
 from kl_reg.registry import Registry
 
 ADVANTAGES = Registry("rl.advantage")
@@ -107,14 +108,17 @@ ADVANTAGES.register("leave_one_out", leave_one_out)
 ADVANTAGES.register("monte_carlo", monte_carlo)
 
 
-def normalise(advantages: Float[Array, "b k"], mask: Bool[Array, "b k"]
+def normalise(advantages: Float[Array, "b k"], mask: Bool[Array, "b k"], axis: str | None = None
               ) -> tuple[Float[Array, "b k"], Float[Array, ""]]:
     """Zero mean and unit deviation over all agent tokens, and the factor 1 / deviation.
 
     A KL term in the loss must be multiplied by the same factor, or it changes its price.
+
+    Args:
+        axis: of the devices that each hold a part of the episodes; None: all are here.
     """
-    count = jnp.maximum(mask.sum(), 1).astype(advantages.dtype)
-    mean = jnp.where(mask, advantages, 0.0).sum() / count
+    count = jnp.maximum(total(mask.sum(), axis), 1).astype(advantages.dtype)
+    mean = total(jnp.where(mask, advantages, 0.0).sum(), axis) / count
     centred = jnp.where(mask, advantages - mean, 0.0)
-    factor = 1 / (jnp.sqrt((centred**2).sum() / count) + 1e-6)
+    factor = 1 / (jnp.sqrt(total((centred**2).sum(), axis) / count) + 1e-6)
     return centred * factor, factor

@@ -47,11 +47,12 @@ class Bar:
 
 
 @contextlib.contextmanager
-def progress_bar(name: str, total: int, done: int = 0):
-    """A bar over `total` steps, `done` of them behind us."""
+def progress_bar(name: str, total: int, done: int = 0, shown: bool = True):
+    """A bar over `total` steps, `done` of them behind us; one that is not `shown` prints nothing."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[values]}"))
-    with Progress(*columns, console=Console(), refresh_per_second=4, disable=not Console().is_terminal) as progress:
+    console = Console(quiet=not shown)
+    with Progress(*columns, console=console, refresh_per_second=4, disable=not console.is_terminal) as progress:
         yield Bar(progress, progress.add_task(name, total=total, completed=done, values=""), total, done)
 
 

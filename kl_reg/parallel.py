@@ -2,20 +2,20 @@
 
 Axes: "member" divides the members of a sweep, "data" and "fsdp" the episodes of each, "fsdp" also the weights, by the
 rows of their matrices, "tensor" the columns, heads and vocabulary, "expert" a mixture's experts. Nothing here changes a
-number of a result but for the order of sums. `constrain` is all that models and rollout know of a mesh: where
-none is set (`jax.sharding.use_abstract_mesh`) it does nothing.
+number of a result but for the order of sums. What models, rollout and step know of it is in divided.py.
 """
 from __future__ import annotations
 
+import functools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
@@ -78,6 +78,48 @@ def mesh_of(settings: ConfigDict, devices: Sequence | None = None) -> Mesh:
     inner = [size // slow for size, slow in zip(shape, outer, strict=True)]
     grid = mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def mesh_for(settings: ConfigDict) -> Mesh | None:
+    """`mesh_of` all devices; None where one is enough. Raises as `mesh_of`."""
+    if all(settings[axis] == 1 for axis in AXES) and jax.process_count() == 1:
+        return None
+    return mesh_of(settings)
+
+
+def describe(mesh: Mesh, params, states: Sequence) -> str:
+    """What a user should know of a mesh: its axes, and what it could not divide."""
+    axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
+    notes = dict.fromkeys(undivided(params, DECODER, mesh))
+    for state in states:
+        notes |= dict.fromkeys(undivided(state, STATE, mesh, lead=("member",)))
+    return "\n".join([f"mesh: {axes}" + f"; {jax.process_count()} processes" * (jax.process_count() > 1), *notes])
+
+
+def check(program, mode: str, members: int, experts: int, mesh: Mesh) -> None:
+    """Whether a program's members and episodes can be divided over the mesh.
+
+    Args:
+        experts: of the base model; 0: it is no mixture.
+
+    Raises:
+        ValueError: names the setting.
+    """
+    if members % mesh.shape["member"]:
+        raise ValueError(f"parallel.member={mesh.shape['member']} must divide the members of each program of a sweep; "
+                         f"one has {members}")
+    devices = math.prod(mesh.shape[axis] for axis in EPISODES)
+    rows = program.episodes // program.minibatches // program.accumulate
+    if rows % devices:
+        raise ValueError(f"parallel.data * parallel.fsdp={devices} must divide the episodes that are read at a time: "
+                         f"they are {rows}, rl.episodes={program.episodes} over rl.minibatches={program.minibatches} "
+                         f"and rl.accumulate={program.accumulate}")
+    if mode == "pmap" and program.episodes // devices % program.group:
+        raise ValueError(f"parallel.data={devices} with parallel.mode='pmap': the {program.episodes // devices} "
+                         f"episodes of a device must be a multiple of rl.group={program.group}")
+    if experts % mesh.shape["expert"] or not experts and mesh.shape["expert"] > 1:
+        raise ValueError(f"parallel.expert={mesh.shape['expert']} must divide the model's experts; it has "
+                         f"{experts or 'none'}")
 
 
 def fitting(axes: Sequence, shape: Sequence[int], mesh) -> P:
@@ -150,6 +192,13 @@ def model_shardings(params, mesh: Mesh):
     return partition(params, DECODER, mesh)
 
 
+def sharding_of(mesh: Mesh | None) -> Callable | None:
+    """(path, shape) -> the sharding of a frozen decoder's parameter, as `weights.load` takes it."""
+    if mesh is None:
+        return None
+    return lambda path, shape: NamedSharding(mesh, fitting(axes_of(path, shape, DECODER), shape, mesh))
+
+
 def state_shardings(state, mesh: Mesh):
     """Of a `TrainState` of all members, or its shapes (`jax.eval_shape` of `Compiled.init`)."""
     return partition(state, STATE, mesh, lead=("member",))
@@ -157,20 +206,20 @@ def state_shardings(state, mesh: Mesh):
 
 def episode_shardings(tree, mesh: Mesh):
     """Of arrays [m, b, ...]: recorded episodes, their rewards."""
-    return _leading(tree, mesh, "member", EPISODES)
+    return _shardings(tree, mesh, "member", EPISODES)
 
 
 def member_shardings(tree, mesh: Mesh):
     """Of arrays [m, ...]: settings, seeds, keys."""
-    return _leading(tree, mesh, "member")
+    return _shardings(tree, mesh, "member")
 
 
-def _leading(tree, mesh, *axes):
-    return jax.tree.map(lambda x: NamedSharding(mesh, _spec(x, axes, mesh)), tree)
+def _shardings(tree, mesh, *axes):
+    return jax.tree.map(lambda x: NamedSharding(mesh, leading(x, axes, mesh)), tree)
 
 
-def _spec(x, axes, mesh):
-    """Of an array whose first dimensions have these axes."""
+def leading(x, axes: Sequence, mesh) -> P:
+    """The spec of an array whose first dimensions have these axes."""
     return fitting((*axes, *[None] * (x.ndim - len(axes))), x.shape, mesh)
 
 
@@ -180,32 +229,32 @@ def put(tree, shardings):
         x = np.asarray(x)
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
-    return jax.tree.map(one, tree, shardings)
+    with jax.transfer_guard("allow"):       # whoever calls it means it
+        return jax.tree.map(one, tree, shardings)
 
 
-def constrain(tree, *axes):
-    """Divides arrays over the mesh that is set, if one is: an entry for each of their first dimensions, a name, several
-    or None. Under `vmap` what is done with the mapped dimension is the compiler's choice."""
-    mesh = auto_mesh()
-    return tree if mesh is None else jax.tree.map(
-        lambda x: jax.lax.with_sharding_constraint(x, _spec(x, axes, mesh)), tree)
+def put_members(tree, mesh: Mesh | None):
+    """Arrays [m, ...] of the host on the devices; None: one device."""
+    return jax.device_put(tree) if mesh is None else put(tree, member_shardings(tree, mesh))
 
 
-def constrain_state(state):
-    """A train state on the mesh that is set, if one is."""
-    mesh = auto_mesh()
-    return state if mesh is None else jax.lax.with_sharding_constraint(
-        state, specs(state, STATE, mesh, lead=("member",)))
+def put_episodes(tree, mesh: Mesh | None):
+    """Arrays [m, b, ...] of the host on the devices; None: one device."""
+    return jax.device_put(tree) if mesh is None else put(tree, episode_shardings(tree, mesh))
 
 
-def spread() -> int:
-    """Over how many devices the compiler divides the episodes of a member."""
-    mesh = auto_mesh()
-    return 1 if mesh is None else math.prod(mesh.shape[name] for name in EPISODES)
+def readable(tree):
+    """Arrays that this process can read: where there are several processes, copies on all devices. All call it."""
+    if jax.process_count() == 1:
+        return tree
+    return _copies(NamedSharding(jax.tree.leaves(tree)[0].sharding.mesh, P()))(tree)
 
 
-def auto_mesh() -> AbstractMesh | None:
-    """The mesh that is set, where the compiler divides arrays over it; None: there is none, or each device is told its
-    own part (pmap)."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return None if mesh.empty or AxisType.Auto not in mesh.axis_types else mesh
+@functools.cache
+def _copies(sharding):
+    return jax.jit(lambda tree: tree, out_shardings=sharding)
+
+
+def fetch(tree):
+    """Arrays of the devices on the host. All processes call it."""
+    return jax.device_get(readable(tree))

@@ -15,12 +15,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kl_reg import choice
+from kl_reg.divided import constrain
 from kl_reg.kl import budget
 from kl_reg.kl.budget import Caps
 from kl_reg.kl.exact import TokenTerms
 from kl_reg.models import decoder
 from kl_reg.models.actor import Situation
-from kl_reg.parallel import EPISODES, constrain
+from kl_reg.parallel import EPISODES
 from kl_reg.types import AGENT, FORCED, OPENING, PAD, Episodes, Frozen, Openings, Transcript
 
 _BLOCK = 64

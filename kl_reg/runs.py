@@ -119,7 +119,10 @@ def load(workdir: pathlib.Path, iteration: int | None = None) -> list[Member]:
                  for number, member in zip(numbers, load(folder, iteration), strict=True)}
         return [found[number] for number in sorted(found)]
     manager = ocp.CheckpointManager((workdir / "checkpoints").absolute())
-    stored = manager.restore(iteration, args=ocp.args.Composite(state=ocp.args.StandardRestore())).state
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])       # whatever mesh it was written on
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
+                          manager.item_metadata(iteration).state)
+    stored = manager.restore(iteration, args=ocp.args.Composite(state=ocp.args.StandardRestore(shapes))).state
     manager.close()
     config, rows = config_of(workdir), {}
     for state, members in zip(stored, groups(config), strict=True):

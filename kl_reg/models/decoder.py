@@ -17,9 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from kl_reg.divided import constrain
 from kl_reg.models.block import REMATS, Block, DecoderConfig
 from kl_reg.models.layers import Norm, Source, Stored, attend, rotate, store
-from kl_reg.parallel import ROWS, constrain
+from kl_reg.parallel import ROWS
 
 
 class Hidden(NamedTuple):

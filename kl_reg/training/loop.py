@@ -6,21 +6,21 @@ import pathlib
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from kl_reg import checkpoint, metrics, rewards, rollout, validation
+from kl_reg import checkpoint, hosts, metrics, parallel, rewards, rollout, validation
 from kl_reg import config as configs
 from kl_reg.analysis import report
 from kl_reg.analysis.recorded import ledger, objective
 from kl_reg.identity import digest_of, name_of
 from kl_reg.models import folders, quantize, weights
 from kl_reg.training import sweep
-from kl_reg.training.judging import Judges, describe, judge
+from kl_reg.training.judging import Judges, ask, credit, describe, judge
 from kl_reg.types import Episodes
 
 _WINDOW = 5      # iterations that the best iterate is a mean over
@@ -78,41 +78,53 @@ def train(config: ConfigDict, reward_fn: Callable | Sequence[Callable] | None = 
     if loss_fn is not None:
         config.rl.loss = name_of(loss_fn)
     workdir = pathlib.Path(workdir)
-    model, rounding = weights.load(config.model.path, config.model.dtype), None
+    mesh = parallel.mesh_for(config.parallel)
+    model, rounding = weights.load(config.model.path, config.model.dtype, parallel.sharding_of(mesh)), None
     if config.model.quantize:
         model, rounding = quantize.convert(model)
-        print(f"model.quantize={config.model.quantize}: {rounding}")
-    groups = sweep.plan(config, model, loss_fn)
+        _say(f"model.quantize={config.model.quantize}: {rounding}")
+    groups = sweep.plan(config, model, loss_fn, mesh)
     student = config.env.student_model
     inputs = checkpoint.Inputs(
         folders.digest(model.folder), judged, [list(group.digests) for group in groups], groups[0].program.env.digest,
         folders.digest(folders.find(student)) if student else "",
         [[digest_of(part) for part in group.program.own_parts()] for group in groups])
     resolved = checkpoint.describe(config, inputs, [group.members for group in groups], rounding and rounding.record())
-    checkpoint.claim(workdir, resolved)
+    hosts.first(lambda: checkpoint.claim(workdir, resolved))
     states = [group.run.init(model.params, group.seeds, group.hyper) for group in groups]
     saved = checkpoint.Checkpoints(workdir / "checkpoints", resolved, config.checkpoint.keep)
     states = saved.restore(states)
+    if mesh is not None:
+        _say(parallel.describe(mesh, model.params, states))
     try:
         rates = _iterate(config, groups, states, judges, workdir, saved, began)
     finally:
         saved.close()
     summary = _evaluate(config, groups, states, model, judges, workdir)
-    (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     params = {number: jax.tree.map(lambda x, i=i: x[i], state.params)
               for group, state in zip(groups, states, strict=True) for i, number in enumerate(group.members)}
-    return Result(summary, [params[number] for number in sorted(params)], workdir, report.write_report(workdir),
-                  float(np.median(rates)) if rates else None)
+    return Result(summary, [params[number] for number in sorted(params)], workdir,
+                  hosts.first(lambda: _report(workdir, summary)), float(np.median(rates)) if rates else None)
+
+
+def _report(workdir, summary):
+    (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    return report.write_report(workdir)
+
+
+def _say(text):
+    if hosts.writes():
+        print(text)
 
 
 def _iterate(config, groups, states, judges, workdir, saved, start):
     """Runs the iterations that are left; `states` is updated in place, one entry a group. Tokens per second of each."""
-    done = int(states[0].iteration[0])
+    done = int(parallel.fetch(states[0].iteration)[0])
     hypers, rates, late = sweep.hyper_of(config), [], set()
     logs = [metrics.MemberLog(workdir / f"members/{i}", hyper, done, config.log.tensorboard)
-            for i, hyper in enumerate(hypers)]
-    with metrics.progress_bar("train", config.rl.iterations, done) as bar, ThreadPoolExecutor(1) as worker, \
-            metrics.compilations() as compiled:
+            for i, hyper in enumerate(hypers)] if hosts.writes() else []
+    with metrics.progress_bar("train", config.rl.iterations, done, hosts.writes()) as bar, \
+            ThreadPoolExecutor(1) as worker, metrics.compilations() as compiled:
         if done:
             bar.log(f"{workdir}: already trained for {done} of {config.rl.iterations} iterations")
         for iteration in range(done, config.rl.iterations):
@@ -124,8 +136,8 @@ def _iterate(config, groups, states, judges, workdir, saved, start):
             if iteration > done + 1:
                 _tell_compiled(bar, iteration, compiled[before:], late)
             rates.append(sum(row["tokens"] for row in rows.values()) / seconds)
-            for number, row in rows.items():
-                logs[number].write({"iteration": iteration, **row, "seconds": seconds, "tokens_per_second": rates[-1]})
+            for number, log in enumerate(logs):
+                log.write({"iteration": iteration, **rows[number], "seconds": seconds, "tokens_per_second": rates[-1]})
             shown = {name: np.mean([row[name] for row in rows.values()]) for name in ("return", "kl/nats_per_episode")}
             bar.step(**shown, **{"tokens/s": rates[-1]})
             if (iteration + 1) % config.checkpoint.every == 0 or iteration + 1 == config.rl.iterations:
@@ -159,34 +171,39 @@ def _iteration(groups, states, judges, worker):
 
 
 class _Batch(NamedTuple):
-    """Episodes on the device; `judged`: each member's judgement."""
+    """Episodes on the device; `asked`: on the host, and what this process's reward functions say of each member's."""
 
     episodes: Episodes
-    judged: Future
+    asked: Future
 
 
 def _sample(group, state, judges, worker):
-    keys, first = rollout.member_keys(state.seed, state.iteration), jnp.zeros(len(group.members), jnp.int32)
+    keys = rollout.member_keys(state.seed, state.iteration)
+    first = parallel.put_members(np.zeros(len(group.members), np.int32), group.mesh)
     with jax.transfer_guard("disallow"):        # what moves between host and device is said here
         episodes = group.run.draw(state.params, state.reference, group.hyper, group.frozen, keys, first,
                                     group.program.group)
-    return _Batch(episodes, worker.submit(_judge, group, judges, episodes))
+        said = parallel.readable(_recorded(episodes))
+    return _Batch(episodes, worker.submit(_ask, group, judges, said))
 
 
-def _judge(group, judges, episodes):
+def _ask(group, judges, said):
+    """Members' episodes on the host, and what is said of them."""
     with jax.transfer_guard("disallow"):
-        recorded = _fetch(episodes)
-        return [judge(group.program, judges, jax.tree.map(lambda x, i=i: x[i], recorded))
-                for i in range(len(group.members))]
+        said = jax.device_get(said)
+    members = [jax.tree.map(lambda x, i=i: x[i], said) for i in range(len(group.members))]
+    return members, [ask(group.program, judges, own) for own in members]
 
 
 def _update(group, state, batch):
     """The group's new state, and metrics by member."""
-    judged = batch.judged.result()
+    answers = hosts.everywhere(lambda: batch.asked.result()[1])
+    judged = [credit(group.program, *own) for own in zip(batch.asked.result()[0], zip(*answers, strict=True),
+                                                         strict=True)]
     with jax.transfer_guard("disallow"):
-        stream = jax.device_put(np.stack([own.stream for own in judged]))
+        stream = parallel.put_episodes(np.stack([own.stream for own in judged]), group.mesh)
         state, parts, extreme, episodes = group.run.update(state, group.hyper, group.frozen, batch.episodes, stream)
-        parts, extreme, recorded = jax.device_get((parts, extreme, episodes))
+        parts, extreme, recorded = parallel.fetch((parts, extreme, episodes))
     rows = [describe(group.program, own, jax.tree.map(lambda x, i=i: x[i], recorded)) for i, own in enumerate(judged)]
     for i, row in enumerate(rows):
         row.update({name: float(value[i]) for name, value in parts.items()})
@@ -211,7 +228,7 @@ def _evaluate(config, groups, states, model, judges, workdir):
     """Evaluates every member and the base on the same keys; writes evaluation.npz and returns the summary's rows."""
     hypers, rows = sweep.hyper_of(config), {}
     count = config.evaluation.episodes
-    with metrics.progress_bar("evaluate", len(groups) + 1) as bar:
+    with metrics.progress_bar("evaluate", len(groups) + 1, shown=hosts.writes()) as bar:
         plain = sweep.base_group(groups, config, model)
         episodes = _sample_base(config, plain, model.params, count)
         rows["base"] = {"member": "base", "hyper": {},
@@ -224,21 +241,20 @@ def _evaluate(config, groups, states, model, judges, workdir):
                 folder = workdir / f"members/{number}"
                 rows[number] = {"member": number, "hyper": hypers[number],
                                 "final": _final(group, own, judges, folder),
-                                "best": _best(folder)}
+                                "best": hosts.first(partial(_best, folder))}
             bar.step()
     return [rows[key] for key in sorted(rows, key=lambda key: -1 if key == "base" else key)]
 
 
-def _keys(config, members):
-    return rollout.member_keys(jnp.full(members, config.evaluation.seed), jnp.zeros(members, jnp.int32))
+def _keys(config, group):
+    seeds, iteration = np.full(len(group.members), config.evaluation.seed), np.zeros(len(group.members))
+    return rollout.member_keys(*parallel.put_members((np.int32(seeds), np.int32(iteration)), group.mesh))
 
 
 def _sample_parts(config, group, state, count):
     """`count` episodes of each member [m, count, ...], in batches of the size that training compiled."""
     size, members = group.program.episodes, len(group.members)
-    parts = [_fetch(group.run.sample(state.params, state.reference, group.hyper, group.frozen, _keys(config, members),
-                                     jnp.full(members, first, jnp.int32)))
-             for first in range(0, count, size)]
+    parts = [_sample_from(config, group, state, np.full(members, first)) for first in range(0, count, size)]
     return jax.tree.map(lambda *x: np.concatenate(x, axis=1)[:, :count], *parts)
 
 
@@ -246,23 +262,31 @@ def _sample_base(config, group, base, count):
     """`count` episodes of the base [count, ...]: untrained members are the base, and each samples another part."""
     size, members = group.program.episodes, len(group.members)
     fresh = group.run.init(base, group.seeds, group.hyper)
-    parts = [_fetch(group.run.sample(fresh.params, fresh.reference, group.hyper, group.frozen, _keys(config, members),
-                                     jnp.arange(first, first + members * size, size, dtype=jnp.int32)))
+    parts = [_sample_from(config, group, fresh, np.arange(first, first + members * size, size))
              for first in range(0, count, members * size)]
     return jax.tree.map(lambda *x: np.concatenate([part.reshape(-1, *part.shape[2:]) for part in x])[:count], *parts)
 
 
-def _fetch(episodes: Episodes) -> Episodes:
-    return jax.device_get(episodes._replace(features=(), reference=(), kept=None))
+def _sample_from(config, group, state, first):
+    """A batch of each member [m, b, ...] on the host, from these episodes on."""
+    first = parallel.put_members(np.int32(first), group.mesh)
+    return parallel.fetch(_recorded(group.run.sample(state.params, state.reference, group.hyper, group.frozen,
+                                                     _keys(config, group), first)))
+
+
+def _recorded(episodes: Episodes) -> Episodes:
+    """Without what the models read."""
+    return episodes._replace(features=(), reference=(), kept=None)
 
 
 def _final(group, episodes, judges, folder):
     """Metrics of evaluation episodes [b, ...] of one policy; also writes them as evaluation.npz."""
     transcript, judged = episodes.transcript, judge(group.program, judges, episodes)
     row, returns = describe(group.program, judged, episodes), judged.returns
-    folder.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(folder / "evaluation.npz", tokens=transcript.tokens, roles=transcript.roles.astype(np.int8),
-                        turns=transcript.turns, openings=transcript.opening, returns=returns, **ledger(episodes))
+    if hosts.writes():
+        folder.mkdir(parents=True, exist_ok=True)
+        np.savez_compressed(folder / "evaluation.npz", tokens=transcript.tokens, roles=transcript.roles.astype(np.int8),
+                            turns=transcript.turns, openings=transcript.opening, returns=returns, **ledger(episodes))
     return row | {"episodes": len(returns)}
 
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable
-from contextlib import nullcontext
-from functools import partial
+from functools import partial, wraps
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
-from kl_reg import advantages, envs, losses, parallel, rollout
+from kl_reg import advantages, divided, envs, losses, parallel, rollout
 from kl_reg.analysis.groups import TokenGroups, token_groups
 from kl_reg.config import Static
 from kl_reg.envs.environment import Environment
@@ -26,7 +26,10 @@ from kl_reg.types import Episodes, Frozen, Hyper, Sampling, TrainState
 
 
 class Program(NamedTuple):
-    """The objects that the static settings name, and the settings that rollout and step read."""
+    """The objects that the static settings name, and the settings that rollout and step read.
+
+    `axis` is that of the devices of which each runs this program on `episodes` of its own; None: there is one.
+    """
 
     policy: policy.Policy
     reference: reference.Reference
@@ -56,6 +59,7 @@ class Program(NamedTuple):
     copies: bool
     warmup: int
     final: float
+    axis: str | None = None
 
     @property
     def parallel(self) -> bool:
@@ -102,7 +106,7 @@ class Program(NamedTuple):
         the same: as many as have, where what they share can lie on the devices that they lie on."""
         if len(self.env.openings.start) == 1:
             return self.episodes
-        return group if self.episodes // group % parallel.spread() == 0 else 1
+        return group if self.episodes // group % divided.spread() == 0 else 1
 
     def cost(self, members: int) -> scoring.Cost:
         """Of an update: its minibatches' parts."""
@@ -115,7 +119,7 @@ class Program(NamedTuple):
 
     def _cost(self, rows, group, members):
         # Over several devices the tokens of openings and of episodes would have to change places in every layer.
-        return scoring.Cost(group if rows % group == 0 and parallel.spread() == 1 else 1, members)
+        return scoring.Cost(group if rows % group == 0 and divided.spread() == 1 else 1, members)
 
     def own_parts(self) -> list[Callable]:
         """The functions of the update that are not the library's: an edited one is another experiment."""
@@ -179,27 +183,69 @@ class Compiled(NamedTuple):
     update: Callable
 
 
-def compile_program(program: Program, mesh: Mesh | None = None) -> Compiled:
+def compile_program(program: Program, mesh: Mesh | None = None, mode: str = "jit") -> Compiled:
     """The program's functions; each compiles at its first call.
 
     Args:
         mesh: that arguments lie on as `kl_reg.parallel` says; None: one device.
+        mode: "jit": the compiler divides the program over the mesh; "pmap": each device along "data" runs it on its own
+            part of the episodes, and what is a sum over episodes is added up.
     """
-    over = nullcontext if mesh is None else partial(jax.sharding.use_abstract_mesh, mesh.abstract_mesh)
+    run = _functions(program)
+    if mesh is not None:
+        own = _divided(run, mesh)
+        run = own if mode == "jit" else _by_device(program, mesh)._replace(init=own.init)
+    return Compiled(jax.jit(run.init), jax.jit(run.draw, static_argnames="group"),
+                    jax.jit(run.sample, static_argnames="group"), jax.jit(run.update, donate_argnums=0))
 
+
+def _divided(run: Compiled, mesh: Mesh) -> Compiled:
+    """The same functions, in which arrays lie on the mesh as `kl_reg.parallel` says."""
+    def over(function):
+        @wraps(function)            # its argument `group` is static by name
+        def call(*args, **static):
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+                return function(*args, **static)
+        return call
+
+    return Compiled(*map(over, run))
+
+
+def _by_device(program: Program, mesh: Mesh) -> Compiled:
+    """The same functions, each device with its part of the episodes and all parameters."""
+    count, everywhere, divided = mesh.shape["data"], P(), P(None, "data")
+    own = _functions(program._replace(episodes=program.episodes // count, axis="data"))
+
+    def over(function, given, returned):
+        return jax.shard_map(function, mesh=mesh, in_specs=given, out_specs=returned, check_vma=False)
+
+    def drawing(function):
+        @wraps(function)
+        def call(params, memory, hyper, frozen, keys, first, group=1):
+            def here(*args):
+                return function(*args, first + jax.lax.axis_index("data") * (program.episodes // count), group)
+
+            return over(here, (everywhere,) * 5, divided)(params, memory, hyper, frozen, keys)
+
+        return call
+
+    update = over(own.update, (everywhere,) * 3 + (divided,) * 2, (everywhere,) * 3 + (divided,))
+    return Compiled(own.init, drawing(own.draw), drawing(own.sample), update)
+
+
+def _functions(program: Program) -> Compiled:
+    """As they are, not jitted."""
     def init(base, seeds, hyper: Hyper):
         def one(seed, hyper):
             params = program.policy.init(jax.random.fold_in(jax.random.key(seed), 2**31 - 1), base)
             return TrainState(params, program.optimizer.init(params), seed, jnp.int32(0),
                               program.controller.init(hyper), program.reference.init(params))
 
-        with over():
-            return parallel.constrain_state(jax.vmap(one)(seeds, hyper))
+        return divided.constrain_state(jax.vmap(one)(seeds, hyper))
 
     def draw(params, memory, hyper: Hyper, frozen: Frozen, keys, first, group=1) -> Episodes:
-        with over():
-            episodes = rollout.rollout(program, params, memory, frozen, scoring.caps_of(hyper), keys, first, group)
-            return parallel.constrain(episodes, "member", parallel.EPISODES)
+        episodes = rollout.rollout(program, params, memory, frozen, scoring.caps_of(hyper), keys, first, group)
+        return divided.constrain(episodes, "member", parallel.EPISODES)
 
     def complete(params, frozen, episodes, group, terms) -> Episodes:
         cost = program.cost_of_all(group, len(episodes.mask))
@@ -207,18 +253,14 @@ def compile_program(program: Program, mesh: Mesh | None = None) -> Compiled:
 
     def sample(params, memory, hyper: Hyper, frozen: Frozen, keys, first, group=1) -> Episodes:
         episodes = draw(params, memory, hyper, frozen, keys, first, group)
-        with over():
-            return parallel.constrain(complete(params, frozen, episodes, group, terms=True), "member",
-                                      parallel.EPISODES)
+        return divided.constrain(complete(params, frozen, episodes, group, terms=True), "member", parallel.EPISODES)
 
     def update(state: TrainState, hyper: Hyper, frozen: Frozen, episodes: Episodes, rewards):
-        with over():
-            episodes = complete(state.params, frozen, episodes, program.group, not program.once)
-            longest = episodes.mask.sum(-1).max()
-            one = partial(step.update, program, members=len(state.seed))
-            state, *said, episodes = jax.vmap(one, in_axes=(0, 0, None, 0, 0, None))(
-                state, hyper, frozen, episodes, rewards, longest)
-            return parallel.constrain_state(state), *said, episodes._replace(features=(), reference=(), kept=None)
+        episodes = complete(state.params, frozen, episodes, program.group, not program.once)
+        longest = episodes.mask.sum(-1).max()
+        one = partial(step.update, program, members=len(state.seed))
+        state, *said, episodes = jax.vmap(one, in_axes=(0, 0, None, 0, 0, None))(
+            state, hyper, frozen, episodes, rewards, longest)
+        return divided.constrain_state(state), *said, episodes._replace(features=(), reference=(), kept=None)
 
-    return Compiled(jax.jit(init), jax.jit(draw, static_argnames="group"), jax.jit(sample, static_argnames="group"),
-                    jax.jit(update, donate_argnums=0))
+    return Compiled(init, draw, sample, update)

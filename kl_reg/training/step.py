@@ -1,4 +1,8 @@
-"""One training step as pure functions: from recorded episodes and their rewards to new parameters."""
+"""One training step as pure functions: from recorded episodes and their rewards to new parameters.
+
+Where `program.axis` names one, each device of that axis holds a part of the episodes: numerators and denominators are
+added up over it before anything is divided.
+"""
 from __future__ import annotations
 
 from functools import partial
@@ -9,10 +13,11 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
+from kl_reg import divided
 from kl_reg.advantages import normalise
 from kl_reg.kl.exact import TokenTerms
 from kl_reg.losses.value import squared_error
-from kl_reg.parallel import EPISODES, constrain
+from kl_reg.parallel import EPISODES
 from kl_reg.training.scoring import Cost, Scores, caps_of, loss_at_once, score, with_scores
 from kl_reg.types import Episodes, Frozen, Hyper, TrainState, WeightedMetric
 
@@ -49,7 +54,8 @@ class Weights(NamedTuple):
 def weights_of(program, mask: Bool[Array, "b k"]) -> Weights:
     """Of a whole minibatch; they depend on its masks alone."""
     loss = program.reduction(jnp.zeros(mask.shape), mask, program.env.length).weight
-    return Weights(jnp.maximum(loss, 1), jnp.maximum(mask.sum().astype(jnp.float32), 1))
+    loss, tokens = divided.total((loss, mask.sum().astype(jnp.float32)), program.axis)
+    return Weights(jnp.maximum(loss, 1), jnp.maximum(tokens, 1))
 
 
 class Given(NamedTuple):
@@ -123,7 +129,7 @@ def targets(program, episodes: Episodes, rewards: Float[Array, "b k"], coef: Flo
     advantages, returns = advantages.reshape(mask.shape), returns.reshape(mask.shape)
     price = coef * jnp.repeat(scale, program.group)
     if program.normalise:
-        advantages, factor = normalise(advantages, mask)
+        advantages, factor = normalise(advantages, mask, program.axis)
         price = factor * price
     return advantages, returns, price
 
@@ -142,18 +148,18 @@ def gradient(program, params, memory, frozen: Frozen, episodes: Episodes, target
         program, params, memory, frozen, part, goals, hyper, longest, weights, cost), has_aux=True)
     if program.accumulate == 1:
         grads, (parts, scores) = own(params, episodes, targets)
-        return grads, parts, scores
+        return *divided.total((grads, parts), program.axis), scores
 
     def add(sums, part):
         grads, (parts, scores) = own(params, *part)
         return jax.tree.map(jnp.add, sums, (grads, parts)), scores
 
     split = jax.tree.map(lambda x: x.reshape(program.accumulate, rows, *x.shape[1:]), (episodes, targets))
-    split = constrain(split, None, EPISODES)
+    split = divided.constrain(split, None, EPISODES)
     shapes = jax.eval_shape(own, params, *jax.tree.map(lambda x: x[0], split))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (shapes[0], shapes[1][0]))
-    (grads, parts), scores = jax.lax.scan(add, zeros, split)
-    return grads, parts, jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), scores)
+    sums, scores = jax.lax.scan(add, zeros, split)
+    return *divided.total(sums, program.axis), jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), scores)
 
 
 def update(program, state: TrainState, hyper: Hyper, frozen: Frozen, episodes: Episodes, rewards: Float[Array, "b k"],
@@ -170,14 +176,16 @@ def update(program, state: TrainState, hyper: Hyper, frozen: Frozen, episodes: E
     price = program.controller.read(state.controller, hyper)
     goals = targets(program, episodes, rewards, price, hyper)
     rate = learning_rate(program, hyper, state.iteration)
-    rows, cost = episodes.mask.shape[0], program.cost(members)
+    rows, cost, axis = episodes.mask.shape[0], program.cost(members), program.axis
+    rows *= 1 if axis is None else jax.lax.axis_size(axis)
+    pool = (episodes, goals) if program.minibatches == 1 else divided.together((episodes, goals), axis)
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(state.seed), state.iteration), 2**31 - 2)
 
     def minibatch(carry, index):
         params, opt_state, stopped = carry
-        part, own = episodes, goals
+        part, own = pool
         if program.minibatches > 1:
-            part, own = constrain(jax.tree.map(lambda x: x[index], (episodes, goals)), EPISODES)
+            part, own = divided.constrain(jax.tree.map(lambda x: x[index], pool), EPISODES)
         grads, parts, scores = gradient(program, params, state.reference, frozen, part, own, hyper, longest, cost)
         ratios = jnp.where(part.mask, scores.terms.log_ratio, 0.0)
         norm = safe_norm(grads)
@@ -200,27 +208,28 @@ def update(program, state: TrainState, hyper: Hyper, frozen: Frozen, episodes: E
         groups = jax.random.permutation(jax.random.fold_in(key, epoch), rows // together)
         return (groups[:, None] * together + jnp.arange(together)[None]).reshape(program.minibatches, -1)
 
-    indices = jnp.concatenate([order(epoch) for epoch in range(program.epochs)])
+    indices = divided.part(jnp.concatenate([order(epoch) for epoch in range(program.epochs)]), axis)
     start = state.params, state.opt_state, jnp.bool_(False)
     (params, opt_state, _), (parts, extremes, scores) = jax.lax.scan(minibatch, start, indices)
     if program.once:
         episodes = with_scores(program, episodes, jax.tree.map(lambda x: x[0], scores))
     variance = parts["val/ratio"].var()
     parts = jax.tree.map(lambda x: x.mean(0), parts)
-    spent = jnp.where(episodes.mask, program.kl.exact(recorded(episodes)), 0.0).sum(1).mean()
+    spent = divided.average(jnp.where(episodes.mask, program.kl.exact(recorded(episodes)), 0.0).sum(1).mean(), axis)
     parts |= {"val/ratio_var": variance, "optim/learning_rate": rate, "kl/coef": price,
-              "value/explained_variance": _explained(episodes.value, goals[1], episodes.mask)}
+              "value/explained_variance": _explained(episodes.value, goals[1], episodes.mask, axis)}
     controller = program.controller.update(state.controller, spent, hyper)
     memory = program.reference.update(state.reference, params, state.iteration)
+    extremes = divided.together(extremes, axis)
     extreme = jax.tree.map(lambda x: x[jnp.abs(extremes.log_ratio).argmax()], extremes)
     new = TrainState(params, opt_state, state.seed, state.iteration + 1, controller, memory)
     return new, parts, extreme, episodes
 
 
-def _explained(values, returns, mask):
+def _explained(values, returns, mask, axis):
     """1 - Var(G - V) / Var(G) over agent tokens."""
     def variance(x):
-        centre = mean(x, mask).mean()
-        return mean((x - centre) ** 2, mask).mean()
+        centre = divided.total(mean(x, mask), axis).mean()
+        return divided.total(mean((x - centre) ** 2, mask), axis).mean()
 
     return 1 - variance(returns - values) / jnp.maximum(variance(returns), 1e-8)

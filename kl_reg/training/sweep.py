@@ -3,14 +3,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from kl_reg import config as configs
-from kl_reg import runs
+from kl_reg import parallel, runs
 from kl_reg.models import folders, weights
 from kl_reg.training import program
 from kl_reg.types import Frozen, Hyper
@@ -18,7 +21,7 @@ from kl_reg.types import Frozen, Hyper
 
 class Group(NamedTuple):
     """The members of one program. `members` are their numbers in the sweep; `hyper` and `seeds` have a member axis;
-    `digests` are of the reference's own weights."""
+    `digests` are of the reference's own weights; all arrays lie on `mesh` (None: on one device)."""
 
     members: list[int]
     program: program.Program
@@ -27,16 +30,25 @@ class Group(NamedTuple):
     seeds: jax.Array
     frozen: Frozen
     digests: tuple[str, ...]
+    mesh: Mesh | None = None
 
 
-def plan(config: ConfigDict, model: weights.Model, loss: Callable | None = None) -> list[Group]:
+def plan(config: ConfigDict, model: weights.Model, loss: Callable | None = None, mesh: Mesh | None = None
+         ) -> list[Group]:
     """The programs of a sweep; raises as `program.build` does. Base model, student and references are shared by all.
 
     Args:
         loss: instead of the one that `rl.loss` names.
+        mesh: on which the model lies; None: on one device.
+
+    Raises:
+        ValueError: the members or episodes of a program cannot be divided over the mesh.
     """
-    load, student = functools.cache(load_reference), _student(config)
-    return [_group(members, model, student, load, loss) for members in runs.groups(config)]
+    load, student = functools.cache(partial(load_reference, mesh=mesh)), _student(config, mesh)
+    groups = [_group(members, model, student, load, loss, mesh) for members in runs.groups(config)]
+    for group in groups if mesh is not None else ():
+        parallel.check(group.program, config.parallel.mode, len(group.members), model.config.experts, mesh)
+    return groups
 
 
 def base_group(groups: list[Group], config: ConfigDict, model: weights.Model) -> Group:
@@ -47,25 +59,28 @@ def base_group(groups: list[Group], config: ConfigDict, model: weights.Model) ->
     nothing = {"reference.name": "base", "reference.paths": (), **dict.fromkeys(configs.BUDGETS), "kl.spend": "neuron",
                "kl.carry": False}
     own = configs.override(configs.override(config, configs.members(config)[0]), nothing)
-    return _group([(0, own)], model, groups[0].frozen.student, load_reference, groups[0].program.loss)
+    return _group([(0, own)], model, groups[0].frozen.student, load_reference, groups[0].program.loss, groups[0].mesh)
 
 
-def _group(members, model, student, load, loss):
+def _group(members, model, student, load, loss, mesh):
     statics, hypers, seeds = zip(*(configs.split(own) for _, own in members), strict=True)
-    frozen, start, digests = load(tuple(statics[0].config().reference.paths))
+    settings = statics[0].config()
+    frozen, start, digests = load(tuple(settings.reference.paths))
     built = program.build(statics[0], model, start, loss)
-    hyper = jax.tree.map(lambda *x: jnp.stack(x), *hypers)
-    return Group([number for number, _ in members], built, program.compile_program(built), hyper, jnp.array(seeds),
-                 Frozen(model.params, frozen, student), digests)
+    hyper = jax.tree.map(lambda *x: np.stack(x), *hypers)
+    hyper, seeds = parallel.put_members((hyper, np.array(seeds, np.int32)), mesh)
+    return Group([number for number, _ in members], built,
+                 program.compile_program(built, mesh, settings.parallel.mode), hyper, seeds,
+                 Frozen(model.params, frozen, student), digests, mesh)
 
 
-def _student(config):
+def _student(config, mesh):
     """The parameters of another model than the base that plays the student."""
     path = config.env.student_model
-    return weights.load(path, config.model.dtype).params if path else ()
+    return weights.load(path, config.model.dtype, parallel.sharding_of(mesh)).params if path else ()
 
 
-def load_reference(paths):
+def load_reference(paths: tuple[str, ...], mesh: Mesh | None = None) -> tuple:
     """A reference's own frozen parameters, or where it starts from; and digests of what was read."""
     if not paths:
         return (), None, ()
@@ -73,8 +88,10 @@ def load_reference(paths):
     if address:
         member = runs.load(address.workdir, address.iteration)[address.member]
         return (), jax.tree.map(jnp.asarray, member.params), (member.digest,)
-    models = [weights.load(path) for path in paths]
+    models = [weights.load(path, sharding=parallel.sharding_of(mesh)) for path in paths]
     frozen = jax.tree.map(lambda *x: jnp.stack(x), *(model.params for model in models))
+    if mesh is not None:
+        frozen = jax.device_put(frozen, parallel.model_shardings(frozen, mesh))
     return frozen, None, tuple(folders.digest(model.folder) for model in models)
 
 

@@ -33,6 +33,15 @@ class Case(NamedTuple):
     params: dict
 
 
+class Update(NamedTuple):
+    """What an update gave, all members: `rest` are the most extreme token and the controller."""
+
+    metrics: dict
+    gradient: dict
+    params: dict
+    rest: tuple
+
+
 def case(folder: str, prompts: str, kind: str = "full", members: int = 1, experts: int = 0, **changes) -> Case:
     """One layer, prompts of several lengths, two episodes each, advantages of whole groups normalised, a controller;
     `changes` are settings with __ for the dot."""
@@ -63,23 +72,22 @@ def mesh_of(devices=None, **sizes):
     return parallel.mesh_of(settings, devices)
 
 
-def placed(own: Case, mesh):
+def placed(own: Case, mesh, mode):
     """The compiled program, its state and what its functions take beside it, on the mesh (None: one device)."""
-    run = programs.compile_program(own.program, mesh)
-    frozen, hyper, seeds = Frozen(own.base), own.hyper, own.seeds
+    run = programs.compile_program(own.program, mesh, mode)
+    frozen, (hyper, seeds) = Frozen(own.base), parallel.put_members((own.hyper, own.seeds), mesh)
     if mesh is not None:
-        frozen = parallel.put(frozen, Frozen(parallel.model_shardings(own.base, mesh)))
-        hyper, seeds = parallel.put((hyper, seeds), parallel.member_shardings((hyper, seeds), mesh))
+        frozen = Frozen(parallel.put(own.base, parallel.model_shardings(own.base, mesh)))
     state = run.init(frozen.base, seeds, hyper)
     params = own.params if mesh is None else parallel.put(own.params, jax.tree.map(lambda x: x.sharding, state.params))
     return run, state._replace(params=params), hyper, frozen
 
 
-def sample(own: Case, mesh=None) -> Episodes:
+def sample(own: Case, mesh=None, mode="jit") -> Episodes:
     """Episodes of the iteration 0, drawn on the mesh."""
-    run, state, hyper, frozen = placed(own, mesh)
+    run, state, hyper, frozen = placed(own, mesh, mode)
     first = np.zeros(len(own.seeds), np.int32)
-    first = jnp.asarray(first) if mesh is None else parallel.put(first, parallel.member_shardings(first, mesh))
+    first = parallel.put_members(first, mesh)
     keys = rollout.member_keys(state.seed, state.iteration)
     return run.draw(state.params, state.reference, hyper, frozen, keys, first, own.program.group)
 
@@ -92,14 +100,12 @@ def rewards_of(episodes: Episodes) -> np.ndarray:
     return np.float32(np.where(last & mask, mean[..., None], 0))
 
 
-def updates(own: Case, episodes: Episodes, mesh=None):
+def updates(own: Case, episodes: Episodes, mesh=None, mode="jit"):
     """Three updates from the same host episodes: metrics, gradient and parameters behind each, on the host."""
-    run, state, hyper, frozen = placed(own, mesh)
-    given = episodes, rewards_of(episodes)
-    if mesh is not None:
-        given = parallel.put(given, parallel.episode_shardings(given, mesh))
+    run, state, hyper, frozen = placed(own, mesh, mode)
+    given = parallel.put_episodes((episodes, rewards_of(episodes)), mesh)
     out = []
     for _ in range(UPDATES):
         state, metrics, extreme, _ = run.update(state, hyper, frozen, *given)
-        out.append(jax.device_get((metrics, extreme, state.opt_state, state.params, state.controller)))
+        out.append(parallel.fetch(Update(metrics, state.opt_state, state.params, (extreme, state.controller))))
     return out, state

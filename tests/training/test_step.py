@@ -190,7 +190,7 @@ def settings(learning_rate=1e-3):
 def by_hand(estimator, placement, normalise=False):
     """Advantages, returns and factor of one episode of three tokens, coefficient 2, behind it a padded position."""
     program = SimpleNamespace(kl=build(KLConfig(estimator=estimator, placement=placement)), normalise=normalise,
-                              group=1, advantage=advantages.ADVANTAGES["monte_carlo"])
+                              group=1, axis=None, advantage=advantages.ADVANTAGES["monte_carlo"])
     row = lambda *x: jnp.array([x], jnp.float32)  # noqa: E731
     zero, whole = row(0, 0, 0, 0), jnp.zeros((1, 4), jnp.int32)
     fields = dict.fromkeys(Episodes._fields, zero) | {
@@ -271,7 +271,7 @@ def test_each_group_has_its_own_advantages_and_price():
     over g - 1, plus 1e-4). The KL of its episodes is multiplied by the same factor and by (g - 1) / g: an episode is
     half of its own baseline."""
     program = SimpleNamespace(kl=build(KLConfig(estimator="exact", placement="loss")), normalise=False, group=2,
-                              advantage=advantages.ADVANTAGES["group"])
+                              axis=None, advantage=advantages.ADVANTAGES["group"])
     rewards, zero, whole = jnp.array([[1.0], [3.0], [5.0], [15.0]]), jnp.zeros((4, 1)), jnp.zeros((4, 1), jnp.int32)
     fields = dict.fromkeys(Episodes._fields, zero) | {
         "transcript": Transcript(whole, whole, whole, jnp.zeros(4, jnp.int32)), "slot": whole, "action": whole,
