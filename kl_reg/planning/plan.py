@@ -82,9 +82,11 @@ def make(programs: list[abstract.Abstract], settings: ConfigDict, topology: Topo
     """Compiles every program of the sweep for the mesh of `settings`, a `config.parallel`.
 
     Raises:
-        ValueError: the axes do not multiply to the topology's chips.
+        ValueError: the axes do not multiply to the topology's chips, or do not divide what there is.
     """
     mesh = parallel.mesh_of(settings, topology.devices)
+    for own in programs:
+        parallel.check(own.program, settings.mode, len(own.members), own.shapes.experts, mesh)
     given = [compiled.arguments(own, mesh) for own in programs]
     kept = [compiled.resident(own, args, mesh) for own, args in zip(programs, given, strict=True)]
     states = sum(own.params + own.optimizer + own.other for own in kept)
