@@ -37,13 +37,21 @@ def _plan(config):
     from kl_reg.planning import accelerators, plan, report, search
 
     topology = accelerators.topology(TOPOLOGY.value)
-    name, programs = config.model.path, plan.read(config)
+    programs = plan.read(config)
     if not topology.devices:
         return _estimate(report, search, programs, topology)
-    plans = [plan.make(programs, config.parallel, topology)]
-    report.show(plans[0], name)
+    plans = []
+    try:
+        plans.append(plan.make(programs, config.parallel, topology))
+        report.show(plans[0], config.model.path)
+    except ValueError as error:
+        if not SEARCH.value:
+            raise
+        print(f"config.parallel: {error}")
     if SEARCH.value:
-        plans += _search(plan, report, search, programs, config, topology, plans[0])
+        plans += _search(plan, report, search, programs, config, topology, [own.axes for own in plans])
+    if not plans:
+        raise ValueError(f"--search: no mesh of {topology.count} chips divides members, episodes, columns and experts")
     best = min(plans, key=lambda own: (not own.fits, own.needs if not own.fits else own.chip_hours))
     if len(plans) > 1:
         print(f"\nbest of these: {report.text_of(best.axes)}" + " fits" * best.fits + ", none fits" * (not best.fits))
@@ -63,13 +71,13 @@ def _estimate(report, search, programs, topology):
 
 
 def _search(plan, report, search, programs, config, topology, tried):
-    """Plans of the two meshes that look best, but for the one that was tried."""
+    """Plans of the two meshes that look best, but for what was tried."""
     guesses = search.rank(programs, topology)
     report.show_guesses(topology, guesses[:8])
     found = []
-    for guess in [own for own in guesses if own.axes != tried.axes][:2]:
+    for guess in [own for own in guesses if own.axes not in tried][:2]:
         settings = config.parallel.copy_and_resolve_references()
-        settings.update(guess.axes)
+        settings.update(guess.axes | {"slices": topology.slices})
         found.append(plan.make(programs, settings, topology))
         print()
         report.show(found[-1], config.model.path)

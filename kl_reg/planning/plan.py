@@ -84,6 +84,8 @@ def make(programs: list[abstract.Abstract], settings: ConfigDict, topology: Topo
     Raises:
         ValueError: the axes do not multiply to the topology's chips, or do not divide what there is.
     """
+    if settings.slices != topology.slices:
+        raise ValueError(f"parallel.slices={settings.slices}: {topology.name} has {topology.slices}")
     mesh = parallel.mesh_of(settings, topology.devices)
     for own in programs:
         parallel.check(own.program, settings.mode, len(own.members), own.shapes.experts, mesh)

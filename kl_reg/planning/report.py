@@ -70,7 +70,7 @@ def _show_program(number: int, program: ProgramPlan, hbm: float):
         console.print(table)
     loops = sum(len(stage.unknown) for stage in program.stages)
     if loops:
-        print(f"{loops} loops end by what they find (a budget's tilt does); they count once")
+        print(f"{loops} loop(s) whose end is not known beforehand, as that of a budget's tilt, count one turn")
 
 
 def show_guesses(topology: Topology, guesses: list[Guess]) -> None:

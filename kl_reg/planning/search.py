@@ -30,16 +30,16 @@ class Guess(NamedTuple):
 
 def meshes(programs: list[Abstract], topology: Topology) -> list[dict[str, int]]:
     """All that divide the members, episodes, heads and experts that there are; slices lie on member or data."""
-    first, out = programs[0], []
+    shapes, out = programs[0].shapes, []
     members = math.gcd(*(len(own.members) for own in programs))
-    shapes = first.shapes
+    rows = math.gcd(*(own.program.episodes // own.program.minibatches // own.program.accumulate for own in programs))
     columns = math.gcd(shapes.mlp_width, shapes.heads * shapes.head_width)
     bounds = {"member": members, "tensor": columns, "expert": max(shapes.experts, 1)}
     divisors = [size for size in range(1, topology.count + 1) if topology.count % size == 0]
     for shape in itertools.product(divisors, repeat=len(parallel.AXES) - 1):
         rest = topology.count // math.prod(shape) if topology.count % math.prod(shape) == 0 else 0
         axes = dict(zip(parallel.AXES, (*shape, rest), strict=True))
-        whole = rest and first.program.episodes % (axes["data"] * axes["fsdp"]) == 0
+        whole = rest and rows % (axes["data"] * axes["fsdp"]) == 0
         slices = axes["member"] % topology.slices == 0 or axes["data"] % topology.slices == 0
         if whole and slices and all(bound % axes[name] == 0 for name, bound in bounds.items()):
             out.append(axes)
