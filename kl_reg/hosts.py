@@ -5,6 +5,7 @@ that all see. With one process nothing here does anything.
 """
 from __future__ import annotations
 
+import os
 import pickle
 from collections.abc import Callable
 
@@ -16,16 +17,21 @@ CLUSTERS = {"auto": None, "slurm": "slurm", "tpu": "cloud_tpu", "kubernetes": "k
 """How the processes find each other, and what `jax.distributed.initialize` calls that; "auto": whichever is there."""
 
 
-def join(hosts: str) -> None:
+VARIABLE = "KL_REG_HOSTS"
+"""Of the environment, where no argument says it."""
+
+
+def join(hosts: str | None = None) -> None:
     """Makes this process one of several; before anything else of JAX is used.
 
     Args:
         hosts: one of CLUSTERS, or ADDRESS:PORT,COUNT,INDEX: where process 0 listens, how many there are, which is this.
-            "": it is alone.
+            "": it is alone; None: as the variable KL_REG_HOSTS says.
 
     Raises:
         ValueError: it is none of these, or the cluster is not found.
     """
+    hosts = os.environ.get(VARIABLE, "") if hosts is None else hosts
     if not hosts:
         return
     if hosts in CLUSTERS:
@@ -44,9 +50,14 @@ def join(hosts: str) -> None:
     jax.distributed.initialize(address, count, index)
 
 
+def index() -> int:
+    """Which of the processes this is."""
+    return jax.process_index()
+
+
 def writes() -> bool:
     """Whether this process is the one that writes."""
-    return jax.process_index() == 0
+    return index() == 0
 
 
 def share(count: int) -> range:

@@ -15,7 +15,7 @@ from functools import partial
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
@@ -52,20 +52,28 @@ def sizes(settings: ConfigDict, count: int) -> tuple[int, ...]:
 def mesh_of(settings: ConfigDict, devices: Sequence | None = None) -> Mesh:
     """The mesh of `config.parallel`.
 
-    Slices of a pod, which a slower network joins, are divided over "member" if that is a multiple of them, as members
-    never communicate, and else over "data".
-
     Args:
         devices: of any kind, abstract ones of a topology too; None: all there are.
 
     Raises:
+        ValueError: as `grid_of`.
+    """
+    grid = grid_of(settings, jax.devices() if devices is None else list(devices))
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def grid_of(settings: ConfigDict, devices: Sequence) -> np.ndarray:
+    """The devices, an array with the dimensions AXES.
+
+    Slices of a pod, which a slower network joins, are divided over "member" if that is a multiple of them, as members
+    never communicate, and else over "data".
+
+    Raises:
         ValueError: the axes do not multiply to the number of devices, or the slices do not divide them.
     """
-    devices = jax.devices() if devices is None else list(devices)
     shape, slices = sizes(settings, len(devices)), settings.slices
     if slices == 1:
-        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-        return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     there = {getattr(device, "slice_index", 0) for device in devices}       # which only TPU devices have
     if len(there) != slices:
         raise ValueError(f"parallel.slices={slices}: the devices are those of {len(there)}")
@@ -76,8 +84,7 @@ def mesh_of(settings: ConfigDict, devices: Sequence | None = None) -> Mesh:
                          f"parallel.data={by_axis['data']}")
     outer = [slices if name == axis else 1 for name in AXES]
     inner = [size // slow for size, slow in zip(shape, outer, strict=True)]
-    grid = mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
-    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
 
 
 def mesh_for(settings: ConfigDict) -> Mesh | None:
@@ -96,7 +103,7 @@ def describe(mesh: Mesh, params, states: Sequence) -> str:
     return "\n".join([f"mesh: {axes}" + f"; {jax.process_count()} processes" * (jax.process_count() > 1), *notes])
 
 
-def check(program, mode: str, members: int, experts: int, mesh: Mesh) -> None:
+def check(program, mode: str, members: int, experts: int, mesh: Mesh | AbstractMesh) -> None:
     """Whether a program's members and episodes can be divided over the mesh.
 
     Args:

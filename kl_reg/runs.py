@@ -118,7 +118,8 @@ def load(workdir: pathlib.Path, iteration: int | None = None) -> list[Member]:
         found = {number: member for folder, numbers in several
                  for number, member in zip(numbers, load(folder, iteration), strict=True)}
         return [found[number] for number in sorted(found)]
-    manager = ocp.CheckpointManager((workdir / "checkpoints").absolute())
+    handlers = {"state": ocp.StandardCheckpointHandler(), "config": ocp.JsonCheckpointHandler()}
+    manager = ocp.CheckpointManager((workdir / "checkpoints").absolute(), item_handlers=handlers)
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])       # whatever mesh it was written on
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
                           manager.item_metadata(iteration).state)

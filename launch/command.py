@@ -71,9 +71,12 @@ def _fail(error):
 
 
 def define():
-    """--config and --workdir."""
+    """--config and --workdir; --hosts, which `run` reads."""
     config = config_flags.DEFINE_config_file("config", None, "the experiment: a file of configs/", lock_config=True)
     workdir = flags.DEFINE_string("workdir", None, "where everything is written; an earlier run there is resumed")
+    flags.DEFINE_string("hosts", None, "where several processes run this command together: auto, slurm, tpu, "
+                        "kubernetes or mpi, or ADDRESS:PORT,COUNT,INDEX of this process; all see the workdir (default: "
+                        "the variable KL_REG_HOSTS, or one process)")
     flags.mark_flags_as_required(["config", "workdir"])
     return config, workdir
 
@@ -92,9 +95,12 @@ def guarded(argv, function):
 def run(argv, config, workdir: str) -> None:
     """Trains and prints the summary."""
     import kl_reg
+    from kl_reg import hosts
 
+    guarded(argv, lambda: hosts.join(flags.FLAGS.hosts))
     result = guarded(argv, lambda: kl_reg.train(config, workdir=workdir, began=_BEGAN))
-    print_summary(result.summary, result.workdir, result.report, result.tokens_per_second)
+    if hosts.writes():
+        print_summary(result.summary, result.workdir, result.report, result.tokens_per_second)
 
 
 def print_summary(summary, workdir, report, tokens_per_second=None) -> None:

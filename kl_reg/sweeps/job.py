@@ -19,7 +19,8 @@ class ProgramFailed(RuntimeError):
 
 def run(workdir: pathlib.Path, number: int) -> None:
     """Trains and evaluates one program from where its checkpoints are; what is printed goes to its log. The one that
-    ends last gathers the sweep.
+    ends last gathers the sweep. Where several processes run a program together (`hosts.join`), the first keeps its
+    record.
 
     Raises:
         BlockingIOError: another process is at it.
@@ -28,6 +29,13 @@ def run(workdir: pathlib.Path, number: int) -> None:
     sweep = plan.read(workdir)
     if not 0 <= number < len(sweep.programs):
         raise ValueError(f"{workdir} has programs 0 to {len(sweep.programs) - 1}; there is no {number}")
+    from kl_reg import hosts
+
+    hosts.join()
+    if not hosts.writes():
+        with _into(sweep.workdir / f"logs/{number}.{hosts.index()}.txt"):
+            _run(sweep, number)
+        return
     with plan.locked(sweep.workdir / f"logs/{number}.lock", otherwise=busy(sweep, number)), _into(sweep.log(number)):
         try:
             _train(sweep, number)
@@ -53,9 +61,7 @@ def _train(sweep, number):
     print(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {sweep.name(number)} on {place['host']}, process {place['pid']}")
     record(sweep, number, "running", **place)
     try:
-        import kl_reg
-
-        kl_reg.train(plan.config_of(sweep, number), workdir=sweep.folder(number))
+        _run(sweep, number)
     except Exception as error:
         record(sweep, number, "failed", error=_line(error), **place)
         raise
@@ -63,6 +69,12 @@ def _train(sweep, number):
         record(sweep, number, "stopped", error=type(stopped).__name__, **place)
         raise
     record(sweep, number, "done", **place)
+
+
+def _run(sweep, number):
+    import kl_reg
+
+    kl_reg.train(plan.config_of(sweep, number), workdir=sweep.folder(number))
 
 
 def _line(error):

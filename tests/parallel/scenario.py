@@ -3,6 +3,7 @@ is also what the processes of test_hosts.py run."""
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import jax
@@ -21,6 +22,11 @@ EPISODES, LENGTH, UPDATES = 8, 8, 3
 SGD = optax.GradientTransformation(lambda params: jax.tree.map(jnp.zeros_like, params),
                                    lambda grads, state, params: (grads, grads))
 """Moves along the gradient, and keeps it as its state."""
+
+
+KINDS = {"full": dict(kind="full"), "mixture": dict(kind="full", experts=4),
+         "budget": dict(kind="head", rl__algorithm="ppo", rl__minibatches=2, rl__epochs=2, kl__budget=0.5,
+                        kl__placement="reward", kl__estimator="k1", kl__controller="fixed", rl__group=1)}
 
 
 class Case(NamedTuple):
@@ -66,15 +72,22 @@ def case(folder: str, prompts: str, kind: str = "full", members: int = 1, expert
     return Case(program, jax.device_get(base), hyper, seeds, params)
 
 
-def mesh_of(devices=None, **sizes):
+def mesh_of(**sizes):
+    """Of the first devices, as many as the sizes make."""
     settings = configs.default().parallel
     settings.update(sizes)
-    return parallel.mesh_of(settings, devices)
+    return parallel.mesh_of(settings, jax.devices()[:math.prod(sizes.values())])
+
+
+_compiled = {}
 
 
 def placed(own: Case, mesh, mode):
     """The compiled program, its state and what its functions take beside it, on the mesh (None: one device)."""
-    run = programs.compile_program(own.program, mesh, mode)
+    key = id(own.program), mesh, mode
+    if key not in _compiled:        # with the program, so that no other gets its id
+        _compiled[key] = own.program, programs.compile_program(own.program, mesh, mode)
+    run = _compiled[key][1]
     frozen, (hyper, seeds) = Frozen(own.base), parallel.put_members((own.hyper, own.seeds), mesh)
     if mesh is not None:
         frozen = Frozen(parallel.put(own.base, parallel.model_shardings(own.base, mesh)))
@@ -109,3 +122,40 @@ def updates(own: Case, episodes: Episodes, mesh=None, mode="jit"):
         state, metrics, extreme, _ = run.update(state, hyper, frozen, *given)
         out.append(parallel.fetch(Update(metrics, state.opt_state, state.params, (extreme, state.controller))))
     return out, state
+
+
+def assert_same_updates(got, expected):
+    """To 1e-5 of an array's largest entry; metrics, some of which are differences, to 1e-5."""
+    for one, other in zip(got, expected, strict=True):
+        for name, value in other.metrics.items():
+            np.testing.assert_allclose(one.metrics[name], value, rtol=1e-5, atol=1e-5, err_msg=name)
+        for part in ("gradient", "params"):
+            pairs = zip(jax.tree_util.tree_leaves_with_path(getattr(other, part)),
+                        jax.tree.leaves(getattr(one, part)), strict=True)
+            for (path, value), own in pairs:
+                np.testing.assert_allclose(own, value, rtol=0, atol=1e-5 * np.abs(value).max(),
+                                           err_msg=f"{part}{jax.tree_util.keystr(path)}")
+        for own, value in zip(jax.tree.leaves(one.rest), jax.tree.leaves(other.rest), strict=True):
+            np.testing.assert_allclose(own, value, rtol=1e-4, atol=1e-5)
+
+
+def experiment(folder: str, prompts: str):
+    """A short run of two members."""
+    config = configs.default()
+    config.model.path, config.policy.kind, config.policy.hidden, config.policy.layers = folder, "head", 8, 1
+    config.env.name, config.env.openings, config.env.end, config.env.length = "completion", prompts, "e", LENGTH
+    config.rl.algorithm, config.rl.group, config.rl.episodes, config.rl.iterations = "grpo", 2, EPISODES, 3
+    config.kl.coef, config.optim.learning_rate, config.evaluation.episodes = 0.3, 0.01, 8
+    config.checkpoint.every, config.log.tensorboard = 1, False
+    config.sweep = [{"seed": (0, 1)}]
+    return config
+
+
+ASKED = []
+"""Of how many completions `reward` was asked at a time, in this process."""
+
+
+def reward(completion_ids):
+    """The mean of a completion's token ids."""
+    ASKED.append(len(completion_ids))
+    return [sum(ids) / max(len(ids), 1) / 100 for ids in completion_ids]
