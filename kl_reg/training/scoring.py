@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kl_reg import choice
+from kl_reg.divided import EPISODES, constrain
 from kl_reg.kl import budget
 from kl_reg.kl.budget import Caps
 from kl_reg.kl.chunked import chunked_loss, chunked_terms
@@ -177,6 +178,9 @@ def read_in_order(program, params, memory, frozen: Frozen, episodes: Episodes, c
         situation = Situation(left, budget.part_left(caps, ledger, left), (slot - width) / program.env.length)
         reading = program.policy.read(params, frozen.base, features, situation)
         measure = program.reference.read(memory, frozen, features, seen, situation, reading)
+        # Gathered over the vocabulary, as in the rollout.
+        measure = measure._replace(log_probs=constrain(measure.log_probs, EPISODES, None),
+                                   gap=constrain(measure.gap, EPISODES, None))
 
         def row(measure, spend, value, kept, left, slot, action, drawn):
             part = choice.part_of(program, spend, drawn, slot - width)
