@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import math
 import re
-import time
 from typing import NamedTuple
 
 import jax
@@ -18,15 +17,13 @@ STAGES = ("rollout", "update")
 
 
 class Stage(NamedTuple):
-    """Rollout or update of one program, of one device: `own` bytes of memory that it needs beside what it is given,
-    and its `traffic`. Where it does not compile, only `refused` says what it needs in all,
-    bytes."""
+    """Rollout or update of one program, of one device: `own` bytes of memory that it needs beside what it is given, and
+    its `traffic`. Where it does not compile, only `refused` says what it needs in all, bytes."""
 
     name: str
     own: float
     traffic: hlo.Traffic | None
     refused: float | None
-    seconds: float
 
 
 class Resident(NamedTuple):
@@ -97,7 +94,7 @@ def _cache(abstract, mesh):
 
 def compile_stage(name: str, abstract: Abstract, given: Arguments, mesh: Mesh) -> Stage:
     """Compiles rollout or update."""
-    run, began = program.compile_program(abstract.program, mesh), time.monotonic()
+    run = program.compile_program(abstract.program, mesh)
     if name == "rollout":
         traced = run.draw.trace(given.state.params, given.state.reference, given.hyper, given.frozen, given.keys,
                                 given.first, group=abstract.program.group)
@@ -106,10 +103,10 @@ def compile_stage(name: str, abstract: Abstract, given: Arguments, mesh: Mesh) -
     try:
         done = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
-        return Stage(name, 0.0, None, _refused(error), time.monotonic() - began)
+        return Stage(name, 0.0, None, _refused(error))
     memory = done.memory_analysis()
     own = memory.peak_memory_in_bytes - memory.argument_size_in_bytes
-    return Stage(name, own, hlo.traffic(hlo.parse(done.as_text())), None, time.monotonic() - began)
+    return Stage(name, own, hlo.traffic(hlo.parse(done.as_text())), None)
 
 
 def _refused(error) -> float:
