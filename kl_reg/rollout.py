@@ -193,11 +193,14 @@ def step(program, fixed: Fixed, carry: Carry, position: Int[Array, ""], said: In
     """
     policy, env, reference, frozen = program.policy, program.env, program.reference, fixed.frozen
     at = fixed.start, program.env.openings.tokens.shape[-1] - 1 + position
+    place = lambda x: constrain(x, "member", EPISODES)  # noqa: E731 - behind the flat batch of a trunk
     features, state = program.writer.decode(fixed.params, frozen.base, carry.token, *at, carry.policy)
+    features = place(features)
     if program.deferred:
         return _step_alone(program, fixed, carry, position, features, state)
     seen, ref_state = reference.decode(fixed.memory, frozen, carry.token, *at, carry.reference)
     hidden, student = program.student.decode(frozen.student, carry.token, *at, carry.student)
+    seen, hidden = place((seen, hidden))
     role, forced = _twice(env.turn)(carry.env)
     if said is not None:
         role = jnp.where((said >= 0) & (role == AGENT), FORCED, role)

@@ -47,7 +47,8 @@ def test_one_member_trains_and_a_second_call_finds_it_done(small, tmp_path):
 
 @pytest.mark.parametrize("argument, says", [
     ("--config.kl.coff=1", "unknown setting: 'coff'"), ("--config.kl.coef=-1", "error: kl.coef=-1.0"),
-    ("--config=configs/none.py", "configs/none.py"), ("more", "unexpected arguments")])
+    ("--config=configs/none.py", "configs/none.py"), ("more", "unexpected arguments"),
+    ("--hosts=everywhere", "error: hosts='everywhere': give auto, slurm")])
 def test_a_wrong_call_is_one_line(small, tmp_path, argument, says):
     done = launch("train", *small, argument, f"--workdir={tmp_path}/run")
     assert done.returncode != 0 and says in done.stderr and "Traceback" not in done.stderr

@@ -15,8 +15,7 @@ WAYS = {
     "pmap": ("full", {"data": 4}, "pmap", {"layers/query/kernel": (1, 1, 16, 32)}),
     "expert": ("mixture", {"data": 2, "expert": 4}, "jit", {
         "experts/gate": (1, 1, 1, 16, 32), "experts/down": (1, 1, 1, 32, 16), "router/kernel": (1, 1, 16, 4)}),
-    "minibatches": ("budget", {"data": 2, "tensor": 2}, "jit", {}),
-    "minibatches, pmap": ("budget", {"data": 4}, "pmap", {}),
+    "a ledger, pmap": ("budget", {"data": 4}, "pmap", {"actor/hidden/kernel": (1, 19, 8)}),
 }
 """Program, sizes of axes, mode, and what each device then holds of parameters of one member."""
 
@@ -49,7 +48,8 @@ def test_sampled_tokens_are_those_of_one_device(way, alone):
 
 
 def test_members_over_devices_are_solo_runs(tiny_folder, prompts):
-    """Two members that differ in seed and price, one on each half of the devices."""
+    """Two members that differ in seed and price, one on each half of the devices. An adapter's gradient is small beside
+    what it is a sum of: 3e-5."""
     both = scenario.case(str(tiny_folder), prompts, "lora", members=2)
     mesh = scenario.mesh_of(member=2, tensor=2)
     episodes = scenario.sample(both, mesh)
@@ -65,7 +65,8 @@ def test_members_over_devices_are_solo_runs(tiny_folder, prompts):
         sampled = jax.device_get(scenario.sample(solo))
         np.testing.assert_array_equal(sampled.transcript.tokens[0], recorded.transcript.tokens[i])
         expected, _ = scenario.updates(solo, sampled)
-        scenario.assert_same_updates([jax.tree.map(lambda x, one=one: x[one], update) for update in got], expected)
+        own = [jax.tree.map(lambda x, one=one: x[one], update) for update in got]
+        scenario.assert_same_updates(own, expected, 3e-5)
 
 
 def test_devices_that_do_not_share_their_sums_are_found_out(alone, monkeypatch):
