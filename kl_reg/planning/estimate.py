@@ -61,7 +61,9 @@ def summary(topology: Topology, mesh: Mesh, collectives: Sequence[Collective]) -
 
 
 def axes_of(groups: np.ndarray, mesh: Mesh) -> tuple[str, ...]:
-    """The axes of the mesh in which the partitions of a group differ."""
+    """The axes of the mesh in which the partitions of a group differ; without partitions, the slices."""
+    if not len(groups):
+        return ("slices",)
     places = np.stack(np.unravel_index(groups, mesh.devices.shape))                 # [axes, n, size]
     return tuple(name for name, own in zip(mesh.axis_names, places, strict=True) if (own != own[:, :1]).any())
 
@@ -84,6 +86,8 @@ def seconds(topology: Topology, mesh: Mesh, kind: str, size: float, groups: np.n
 def _route(topology, mesh, groups):
     """Hops across the widest group, and bytes per second of a device."""
     chip, devices = topology.accelerator, mesh.devices.ravel()
+    if not len(groups):
+        return 1, chip.network
     if not topology.devices:
         across = any(len({i // NODE for i in group}) > 1 for group in groups.tolist())
         return 1, chip.network if across else chip.link

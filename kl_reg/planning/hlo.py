@@ -48,7 +48,8 @@ class Module(NamedTuple):
 
 class Collective(NamedTuple):
     """One collective instruction: its `kind`, the `bytes` of its whole payload (of an all-gather what comes out, of a
-    reduce-scatter what goes in), the partitions of each of its `groups` [n, size], and how many `times` it runs."""
+    reduce-scatter what goes in), the partitions of each of its `groups` [n, size], and how many `times` it runs. Of
+    what slices exchange through their runtime, groups are [0, slices]."""
 
     kind: str
     bytes: int
@@ -182,6 +183,11 @@ def traffic(module: Module) -> Traffic:
 
     def add(name, line, times):
         """What is overlapped with other work stands in several fusions, which have its chain in common."""
+        between = re.search(r'_xla_megascale_target="\{([\d,:]+)\}', line.rest) if line.op == "send" else None
+        if between:
+            kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', line.rest)[1].lower().replace("_", "-")
+            size = _size(module.computations[name][line.operands[0]].shape)
+            found.append(Collective(kind, size, np.empty((0, _members(between[1])), int), times))
         kind, chain = line.op.removesuffix("-start"), re.search(r'chain_id="(\d+)"', line.rest)
         if kind in KINDS and not (chain and chain[1] in chains):
             found.append(Collective(kind, _payload(module.computations[name], line, kind), groups(line.rest), times))
@@ -204,6 +210,11 @@ def traffic(module: Module) -> Traffic:
 
     memory = walk(module.entry, 1, False)
     return Traffic(found, memory, unknown)
+
+
+def _members(text):
+    """How many there are in 1,2,5 or 1:4."""
+    return sum(int(part.split(":")[-1]) - int(part.split(":")[0]) + 1 for part in text.split(","))
 
 
 def _payload(computation, line, kind):

@@ -45,6 +45,9 @@ def test_a_ring_by_hand(kind, groups, expected):
 
 def test_between_slices_the_network_counts():
     assert estimate.seconds(*torus(2), "all-reduce", 8e6, COLUMNS) == pytest.approx(2 * 1 / 2 * 8e6 / 1e6 + 2e-6)
+    runtime = np.empty((0, 4), int)             # what four slices' runtime sends
+    assert estimate.seconds(*torus(2), "all-reduce", 8e6, runtime) == pytest.approx(2 * 3 / 4 * 8e6 / 1e6 + 2e-6)
+    assert estimate.axes_of(runtime, torus(2)[1]) == ("slices",)
     assert estimate.seconds(*torus(2), "all-gather", 8e6, ROWS) == pytest.approx(3 / 4 + 3e-6)
 
 

@@ -105,6 +105,15 @@ def test_parts_of_one_overlapped_collective_count_once():
     assert kinds == [("all-reduce", 2), ("all-reduce", 2), ("all-gather", 4)]
 
 
+def test_what_slices_exchange_is_sent_by_their_runtime():
+    sent = ('  %token = token[] after-all()\n  %sent = (f32[1,8]{1,0}, u32[], token[]) send(%row, %token), '
+            'channel_id=9, is_host_transfer=true, frontend_attributes={_xla_megascale_target="{1:4}x{0:3}",'
+            '_xla_megascale_transfer_type="ALL_REDUCE"}\n')
+    text = TEXT.replace("  %near", sent + "  %near")
+    (one,) = [own for own in hlo.traffic(hlo.parse(text)).collectives if not len(own.groups)]
+    assert (one.kind, one.bytes, one.groups.shape, one.times) == ("all-reduce", 32, (0, 4), 5)
+
+
 def test_what_is_no_hlo_is_refused():
     with pytest.raises(ValueError, match="no HLO module"):
         hlo.parse("hello")
