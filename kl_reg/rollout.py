@@ -36,7 +36,7 @@ def inverse_cdf(log_probs: Float[Array, " v"], uniform: Float[Array, ""]) -> Int
     Args:
         log_probs: up to a constant, but near enough to 0 that no exponential overflows.
     """
-    vocab = log_probs.shape[0]
+    vocab, log_probs = log_probs.shape[0], constrain(log_probs, None)      # XLA cannot cut a divided one into blocks
     rows = jnp.pad(log_probs, (0, -vocab % _BLOCK), constant_values=-jnp.inf).reshape(-1, _BLOCK)
     blocks = jnp.cumsum(jnp.exp(rows).sum(1))
     target = uniform * blocks[-1]
@@ -262,6 +262,8 @@ def _draw(program, position, reading, student, measure, left, role, key):
     """The next token of one row, by the agent or by the student with these logits; how the agent's was limited and what
     it costs."""
     agent, key = role == AGENT, jax.random.fold_in(key, position)
+    # Gathered over the vocabulary once, and not summed over devices at every step of a tilt.
+    measure = measure._replace(log_probs=constrain(measure.log_probs, None), gap=constrain(measure.gap, None))
     part = choice.part_of(program, reading.spend, choice.draw_part(program, reading.spend, key), position)
     kept = choice.pack(program, measure.log_probs)
     # Nobody else's tokens are constrained: without a limit their tilt takes no steps.

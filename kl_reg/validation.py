@@ -147,9 +147,6 @@ def _validate_algorithm(rl):
 def _validate_policy(config):
     settings = config.policy
     policies.POLICIES[settings.kind]  # noqa: B018 - raises for an unknown name
-    if settings.kind == "full" and config.model.dtype != "float32":
-        raise ValueError("policy.kind='full' with model.dtype='bfloat16': updates are smaller than a weight's "
-                         "resolution; use model.dtype='float32'")
     if settings.kind == "full" and config.model.quantize:
         raise ValueError(f"policy.kind='full' with model.quantize={config.model.quantize!r}: weights that are int8 "
                          "cannot be finetuned; use policy.kind='lora' or 'head'")

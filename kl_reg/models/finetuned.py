@@ -109,11 +109,15 @@ def beside_base(config, settings, model: Finetuned) -> Policy:
 
 
 def full(config: decoder.DecoderConfig, settings) -> Policy:
-    """All weights are finetuned: a copy of the base beside the frozen base. Settings: `hidden`, `spend_init`."""
+    """All weights are finetuned: a copy of the base beside the frozen base. Settings: `hidden`, `spend_init`.
+
+    The copy is float32 whatever the base's dtype, as updates are smaller than a bfloat16's resolution; it computes in
+    the base's, so that before the first update it says what the base says.
+    """
 
     def init(key, base):
         del key
-        return jax.tree.map(jnp.copy, base)
+        return jax.tree.map(lambda x: jnp.array(x, jnp.float32), base)
 
     def prefill(own, base, tokens, start, slots, group):
         del base
@@ -132,7 +136,7 @@ def full(config: decoder.DecoderConfig, settings) -> Policy:
 
     def table(own, base):
         del base
-        return decoder.unembedding(own)
+        return decoder.unembedding(own).astype(config.dtype)
 
     return beside_base(config, settings, Finetuned("trunk", init, prefill, decode, forward, jax.vmap(decoder.apart),
                                                    table, trained=True))

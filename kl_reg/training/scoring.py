@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kl_reg import choice
+from kl_reg.divided import EPISODES, constrain, spread
 from kl_reg.kl import budget
 from kl_reg.kl.budget import Caps
 from kl_reg.kl.chunked import chunked_loss, chunked_terms
@@ -170,13 +171,17 @@ def read_in_order(program, params, memory, frozen: Frozen, episodes: Episodes, c
     """
     width, rows = episodes.transcript.tokens.shape[1] - program.env.length, episodes.mask.shape[0]
     caps = jax.tree.map(lambda x: jnp.broadcast_to(x, (rows,)), caps)
+    reading_of = _apart(program, params, frozen, rows)
 
     def read(ledger, features, seen, kept, slot, turn, action, part, mask):
         ledger = budget.enter(ledger, jnp.where(mask, turn, ledger.turn))
         left = budget.left(caps, ledger, program.carry)
         situation = Situation(left, budget.part_left(caps, ledger, left), (slot - width) / program.env.length)
-        reading = program.policy.read(params, frozen.base, features, situation)
+        reading = reading_of(features, situation)
         measure = program.reference.read(memory, frozen, features, seen, situation, reading)
+        # Gathered over the vocabulary, as in the rollout.
+        measure = measure._replace(log_probs=constrain(measure.log_probs, EPISODES, None),
+                                   gap=constrain(measure.gap, EPISODES, None))
 
         def row(measure, spend, value, kept, left, slot, action, drawn):
             part = choice.part_of(program, spend, drawn, slot - width)
@@ -202,3 +207,19 @@ def read_in_order(program, params, memory, frozen: Frozen, episodes: Episodes, c
     stream = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), stream)
     _, scores = jax.lax.scan(position, budget.open_ledger((rows,)), (jnp.arange(episodes.mask.shape[1]), *stream))
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), scores)
+
+
+def _apart(program, params, frozen, rows):
+    """`policy.read` of that many rows. Where they lie on several devices, each has a copy of the parameters, whose
+    gradients are added up over all positions first and over the devices then: once, and not for every position."""
+    parts = spread()
+    if parts == 1 or rows % parts:
+        return lambda features, situation: program.policy.read(params, frozen.base, features, situation)
+    copies = constrain(jax.tree.map(lambda x: jnp.broadcast_to(x, (parts, *x.shape)), params), EPISODES)
+
+    def read(*inputs):
+        inputs = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), inputs)
+        reading = jax.vmap(program.policy.read, (0, None, 0, 0))(copies, frozen.base, *inputs)
+        return jax.tree.map(lambda x: x.reshape(rows, *x.shape[2:]), reading)
+
+    return read

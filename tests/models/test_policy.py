@@ -1,4 +1,5 @@
 """Contracts of every kind of policy, over the registry: a new kind is tested by being there."""
+import dataclasses
 import functools
 from functools import partial
 
@@ -11,10 +12,10 @@ from kl_reg import config as configs
 from kl_reg import rollout
 from kl_reg.models import weights
 from kl_reg.models.actor import Situation
-from kl_reg.models.policies import POLICIES
+from kl_reg.models.policies import POLICIES, build
 from kl_reg.training import program as programs
 from kl_reg.training import scoring
-from kl_reg.types import Frozen
+from kl_reg.types import Frozen, Transcript
 
 MEMBERS = 2
 
@@ -125,3 +126,20 @@ def test_the_value_does_not_move_the_finetuned_weights(setups, kind, own):
 def test_an_unknown_kind_lists_the_choices():
     with pytest.raises(ValueError, match="policy.kind='trunk'.*full, head, lora"):
         POLICIES["trunk"]
+
+
+def test_a_full_policy_on_a_bfloat16_base_is_float32_and_begins_as_the_base(tiny_shapes, tiny_params):
+    """Steps of 1e-4 would be lost on bfloat16 weights of 1; what is computed with them is rounded as the base's."""
+    shapes = dataclasses.replace(tiny_shapes, dtype="bfloat16")
+    base = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tiny_params)
+    policy = build("full", shapes, configs.default().policy)
+    params = policy.init(jax.random.key(0), base)
+    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    moved = jax.tree.map(lambda x: x + 1e-4, params["trunk"])
+    assert all((old != new).any() for old, new in zip(*map(jax.tree.leaves, (params["trunk"], moved)), strict=True))
+    tokens = jax.random.randint(jax.random.key(1), (2, 12), 0, shapes.vocab)
+    transcript = Transcript(tokens, jnp.zeros_like(tokens), jnp.zeros_like(tokens), jnp.zeros(2, jnp.int32))
+    features = policy.reread(params, base, transcript, jnp.tile(jnp.arange(1, 12), (2, 1)))
+    assert features.policy.dtype == jnp.bfloat16
+    reading = policy.read(params, base, features, Situation(*[jnp.zeros((2, 11))] * 3))
+    assert reading.base_logits.any() and not reading.gap.any()
