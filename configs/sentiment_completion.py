@@ -2,6 +2,9 @@
 
     python -m launch.sweep --config=configs/sentiment_completion.py --workdir=runs/sentiment
     python -m launch.optimal runs/sentiment
+
+A few minutes on two cores, each. The reward goes from the base's 0.66 to 0.89 for 2 nats per
+episode, 0.92 for 3.5 and 0.96 for 7: about twice the nats that the best policy would need (docs/optimum.md).
 """
 from kl_reg.config import default
 
