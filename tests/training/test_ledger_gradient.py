@@ -89,7 +89,8 @@ def program(constrained, **settings):
     plain = {"kl": build(KLConfig()), "spend": "neuron", "levels": 4, "carry": False, "sampling": Sampling(),
              "reference": reference.base(ConfigDict(), policy, Sampling(), None), "parallel": False, "fused": False,
              "once": False}
-    return SimpleNamespace(policy=policy, env=SimpleNamespace(length=3), constrained=constrained, **plain | settings)
+    return SimpleNamespace(policy=policy, env=SimpleNamespace(length=3), constrained=constrained, axis=None,
+                           **plain | settings)
 
 
 def hyper(budget, kl_coef=0.0):
