@@ -30,7 +30,7 @@ def get_config():
     config.rl.iterations, config.rl.episodes, config.evaluation.episodes = 2, 4, 4
     config.log.tensorboard = False
     config.sweep = [{{"kl.coef": (0.1,)}}, {{"kl.coef": (0.1,), "kl.estimator": ("k3",), "kl.placement": ("loss",),
-                                             "optim.learning_rate": (1e6,)}}]
+                                             "rl.entropy_coef": (1.0,), "optim.learning_rate": (1e6,)}}]
     return config
 """)
     return f"--config={file}"
