@@ -26,7 +26,7 @@ import numpy as np
 
 from benchmarks import machine
 from benchmarks.peers import environment, stepping, work
-from benchmarks.peers.stepping import PHASES, Clock, Step
+from benchmarks.peers.stepping import PHASES, Step
 from benchmarks.peers.work import Work
 from benchmarks.trainer import Trainer, experiment
 from kl_reg.models import tokenizer
@@ -47,16 +47,10 @@ def ours(settings: dict, policy: str, estimator: str) -> Callable[[], Step]:
 
     def step():
         before = jax.device_get(_LOOKED_AT[policy](trainer.state.params))
-        clock = Clock()
-        episodes = trainer.rollout()
-        clock.mark("rollout")
-        stream = trainer.reward(episodes)
-        clock.mark("reward")
-        trainer.update(episodes, stream)
-        clock.mark("update")
+        seconds, episodes = trainer.iterate()
         after = _LOOKED_AT[policy](trainer.state.params)
         changes = jax.tree.map(lambda old, new: np.abs(new - old).max(), before, after)
-        return Step(clock.seconds, int((episodes.transcript.roles != PAD).sum()), float(max(jax.tree.leaves(changes))))
+        return Step(seconds, int((episodes.transcript.roles != PAD).sum()), float(max(jax.tree.leaves(changes))))
 
     return step
 

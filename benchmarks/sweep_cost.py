@@ -19,7 +19,7 @@ import numpy as np
 
 from benchmarks import machine, trainer
 from benchmarks.peers import stepping, work
-from benchmarks.peers.stepping import PHASES, Clock, Step
+from benchmarks.peers.stepping import PHASES, Step
 from benchmarks.peers.work import Work
 from kl_reg.models import tokenizer
 from kl_reg.types import PAD
@@ -45,17 +45,11 @@ def fused(settings: dict, policy: str, members: int, parts: int) -> Callable[[],
 
     def step():
         before = jax.device_get(own.state.params[part])
-        clock = Clock()
-        episodes = own.rollout()
-        clock.mark("rollout")
-        stream = own.reward(episodes)
-        clock.mark("reward")
-        own.update(episodes, stream)
-        clock.mark("update")
+        seconds, episodes = own.iterate()
         changes = jax.tree.map(lambda old, new: np.abs(new - old).reshape(members, -1).max(1), before,
                                own.state.params[part])
         least = np.stack(jax.tree.leaves(changes)).max(0).min()       # of all members: each has to move
-        return Step(clock.seconds, int((episodes.transcript.roles != PAD).sum()) // members, float(least))
+        return Step(seconds, int((episodes.transcript.roles != PAD).sum()) // members, float(least))
 
     return step
 

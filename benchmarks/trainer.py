@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from benchmarks.peers.stepping import Clock
 from kl_reg import config as configs
 from kl_reg import rewards, rollout, validation
 from kl_reg.models import weights
@@ -68,3 +69,14 @@ class Trainer:
         """Takes the step; done when the metrics are on the host and the new state is on the device."""
         self.state, *said = self.group.run.update(self.state, self.group.hyper, self.group.frozen, episodes, stream)
         jax.block_until_ready((self.state, jax.device_get(said)))
+
+    def iterate(self) -> tuple[dict[str, float], Episodes]:
+        """One iteration: seconds of its phases, and what was sampled."""
+        clock = Clock()
+        episodes = self.rollout()
+        clock.mark("rollout")
+        stream = self.reward(episodes)
+        clock.mark("reward")
+        self.update(episodes, stream)
+        clock.mark("update")
+        return clock.seconds, episodes
