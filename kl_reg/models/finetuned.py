@@ -119,6 +119,13 @@ def full(config: decoder.DecoderConfig, settings) -> Policy:
         del key
         return jax.tree.map(lambda x: jnp.array(x, jnp.float32), base)
 
+    def narrow(path, x):
+        """In the dtype that it is computed in: norms compute in float32."""
+        return x if any("norm" in str(key) for key in path) else x.astype(config.dtype)
+
+    def apart(own):
+        return jax.vmap(decoder.apart)(jax.tree_util.tree_map_with_path(narrow, own))
+
     def prefill(own, base, tokens, start, slots, group):
         del base
         one = lambda p, t, s: decoder.prefill(config, p, t, s, slots, group=group, axes=EPISODES)[1]  # noqa: E731
@@ -138,5 +145,4 @@ def full(config: decoder.DecoderConfig, settings) -> Policy:
         del base
         return decoder.unembedding(own).astype(config.dtype)
 
-    return beside_base(config, settings, Finetuned("trunk", init, prefill, decode, forward, jax.vmap(decoder.apart),
-                                                   table, trained=True))
+    return beside_base(config, settings, Finetuned("trunk", init, prefill, decode, forward, apart, table, trained=True))

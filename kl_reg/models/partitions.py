@@ -8,7 +8,7 @@ on "expert". What is small is on every device.
 """
 from __future__ import annotations
 
-Rule = tuple[str, tuple[str | None, ...]]
+Rule = tuple[str, tuple[str | tuple[str, ...] | None, ...]]
 
 DECODER: tuple[Rule, ...] = (
     (r"(^|/)(un)?embed$", ("tensor", "fsdp")),
@@ -37,6 +37,13 @@ ADAPTER: tuple[Rule, ...] = (
 HEAD: tuple[Rule, ...] = ((r"(^|/)(actor|scalars)/", ()),)
 """Of the actor, the value head and the budget neuron."""
 
+MOMENTS: tuple[Rule, ...] = tuple(
+    (r"^opt_state/.*" + pattern, tuple(("fsdp", "expert") if axis == "fsdp" else axis for axis in axes))
+    for pattern, axes in DECODER if "expert" not in axes)
+"""Of what the optimizer keeps of a trained trunk. It is read once an update, so that what is not an expert's can lie
+divided over "expert" too, where the parameters themselves are whole. Idea: Rajbhandari et al. (2020), "ZeRO", stage 1."""
+
 STATE: tuple[Rule, ...] = (
-    (r"^(seed|iteration)$", ()), (r"^controller/", ()), (r"^opt_state/(.*/)?count$", ()), *HEAD, *ADAPTER, *DECODER)
+    (r"^(seed|iteration)$", ()), (r"^controller/", ()), (r"^opt_state/(.*/)?count$", ()), *HEAD, *ADAPTER, *MOMENTS,
+    *DECODER)
 """Of a train state: parameters, what the optimizer keeps of them, and what a reference remembers of them."""

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import scenario
 
+from kl_reg import parallel
 from kl_reg.training import program as programs
 from kl_reg.training import step
 
@@ -47,16 +48,19 @@ def test_sampled_tokens_are_those_of_one_device(way, alone):
     assert {x.addressable_shards[0].data.shape[1] for x in jax.tree.leaves(got)} == {scenario.EPISODES // devices}
 
 
-def test_members_over_devices_are_solo_runs(tiny_folder, prompts):
-    """Two members that differ in seed and price, one on each half of the devices. An adapter's gradient is small beside
-    what it is a sum of: 3e-5."""
-    both = scenario.case(str(tiny_folder), prompts, "lora", members=2)
+@pytest.mark.parametrize(("kind", "name", "shape", "tolerance"), [
+    ("full", "trunk/layers/query/kernel", (1, 1, 16, 16), 1e-5),
+    ("lora", "adapter/query/b", (1, 1, 8, 16), 3e-5)])     # its gradient is small beside what it is a sum of
+def test_members_over_devices_are_solo_runs(tiny_folder, prompts, kind, name, shape, tolerance):
+    """Two members that differ in seed and price, one on each half of the devices."""
+    both = scenario.case(str(tiny_folder), prompts, kind, members=2)
     mesh = scenario.mesh_of(member=2, tensor=2)
     episodes = scenario.sample(both, mesh)
     assert {x.addressable_shards[0].data.shape[0] for x in jax.tree.leaves(episodes)} == {1}
     recorded = jax.device_get(episodes)
     got, state = scenario.updates(both, recorded, mesh)
-    assert state.params["adapter"]["query"]["b"].addressable_shards[0].data.shape == (1, 1, 8, 16)
+    (held,) = [x for path, x in jax.tree_util.tree_leaves_with_path(state.params) if parallel.name_of(path) == name]
+    assert held.addressable_shards[0].data.shape == shape
     assert not np.array_equal(recorded.transcript.tokens[0], recorded.transcript.tokens[1])
     for i in range(2):
         one = slice(i, i + 1)
@@ -66,7 +70,7 @@ def test_members_over_devices_are_solo_runs(tiny_folder, prompts):
         np.testing.assert_array_equal(sampled.transcript.tokens[0], recorded.transcript.tokens[i])
         expected, _ = scenario.updates(solo, sampled)
         own = [jax.tree.map(lambda x, one=one: x[one], update) for update in got]
-        scenario.assert_same_updates(own, expected, 3e-5)
+        scenario.assert_same_updates(own, expected, tolerance)
 
 
 def test_devices_that_do_not_share_their_sums_are_found_out(alone, monkeypatch):
