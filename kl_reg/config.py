@@ -40,6 +40,7 @@ def default() -> ConfigDict:
     config.model.dtype = "float32"        # of parameters and activations; KL and losses are float32
     config.model.quantize = ""            # "int8": the matrices of the frozen base model's layers
     config.model.cache = ""               # dtype of the KV cache: "" as model.dtype, "bfloat16" or "int8"
+    config.model.attention = ""           # of whole sequences: "cudnn", fused on an NVIDIA GPU; "xla": its plain equal
     config.model.copies = True            # sampling reads a copy of the weights, each layer's by itself: faster
     config.model.remat = ""               # what gradients recompute of a trunk: "layers", "products" (less), "" nothing
 

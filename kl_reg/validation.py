@@ -80,7 +80,8 @@ def _validate_member(config):
         raise ValueError(f"model.dtype={config.model.dtype!r}: choose 'float32' or 'bfloat16'")
     if config.model.quantize not in ("", "int8"):
         raise ValueError(f"model.quantize={config.model.quantize!r}: choose '' or 'int8'")
-    for name, choices in (("cache", ("", "bfloat16", "int8")), ("remat", tuple(REMATS))):
+    for name, choices in (("cache", ("", "bfloat16", "int8")), ("remat", tuple(REMATS)),
+                          ("attention", ("", "xla", "cudnn"))):
         if config.model[name] not in choices:
             raise ValueError(f"model.{name}={config.model[name]!r}: choose of {', '.join(map(repr, choices))}")
     _validate_algorithm(config.rl)
@@ -93,6 +94,12 @@ def _validate_member(config):
     _validate_environment(config.env)
     rewards.check(config.reward)
     shapes = weights.load_config(config.model.path, config.model.dtype)
+    if config.model.attention and shapes.score_cap is not None:
+        raise ValueError(f"model.attention={config.model.attention!r}: {config.model.path!r} caps its attention's "
+                         "scores, which only '' can")
+    if config.model.attention == "cudnn" and config.model.dtype != "bfloat16":
+        raise ValueError(f"model.attention='cudnn' with model.dtype={config.model.dtype!r}: its kernels compute in "
+                         "'bfloat16'")
     if config.policy.kind == "lora":
         lora.adaptable(shapes, config.policy.targets)
     if config.policy.kind == "head" and config.policy.layers > shapes.layers:

@@ -70,6 +70,7 @@ def test_the_fingerprint_moves_with_results_only(config):
     ("policy.layers", 9, "the model has 3 layers"), ("env.length", 65, "context of 64"), ("seed", -1, "seed=-1"),
     ("policy.spend_init", 1.0, "policy.spend_init"), ("rl.minibatches", 5, "multiple of rl.minibatches=5"),
     ("model.cache", "int4", "model.cache='int4'"), ("model.remat", "all", "'layers', 'products'"),
+    ("model.attention", "flash", "'xla', 'cudnn'"), ("model.attention", "cudnn", "compute in 'bfloat16'"),
     ("rl.accumulate", 5, "rl.accumulate=5 must divide"), ("model.path", "/nowhere", "/nowhere"),
     ("reward.name", "no.such.reward", "cannot be imported")])
 def test_a_bad_setting_is_one_error_that_names_it(config, key, value, says):

@@ -49,6 +49,7 @@ class DecoderConfig:
     dtype: str = "float32"
     cache: str = ""                         # dtype of cached keys and values: "", as the others, "bfloat16" or "int8"
     remat: str = ""                         # what a gradient recomputes, of REMATS; "": nothing
+    attention: str = ""                     # of whole sequences: "", `layers.attend`, or as in `layers.attend_fused`
 
 
 REMATS = {"": None, "layers": None, "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}

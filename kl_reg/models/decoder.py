@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from kl_reg.divided import constrain
 from kl_reg.models.block import REMATS, Block, DecoderConfig
-from kl_reg.models.layers import Norm, Source, Stored, attend, rotate, store
+from kl_reg.models.layers import Norm, Source, Stored, attend, attend_fused, rotate, store
 from kl_reg.parallel import ROWS
 
 
@@ -100,8 +100,10 @@ def _heads(x, rows):
     return x.reshape(rows, -1, *x.shape[1:]).swapaxes(1, 2)
 
 
-def _attend(config, query, sources):
+def _attend(config, query, sources, implementation=""):
     scale = config.head_width**-0.5 if config.score_scale is None else config.score_scale
+    if implementation:
+        return attend_fused(query, sources, scale, implementation)
     return attend(query, sources, scale, config.score_cap)
 
 
@@ -184,7 +186,7 @@ def _scan(config, params, sections, features, adapter, keep=False):
             if turned is not None:
                 q, k = rotate(q, *turned), rotate(k, *turned)
             seen.append((Stored(k), Stored(v)))
-            out = _attend(config, q, [Source(*both, m) for both, m in zip(seen, mask, strict=True)])
+            out = _attend(config, q, [Source(*both, m) for both, m in zip(seen, mask, strict=True)], config.attention)
             outs.append(out.reshape(-1, out.shape[-1]))
         return jnp.concatenate(outs), (seen[0][0].values, seen[0][1].values) if keep else ()
 

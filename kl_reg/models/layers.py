@@ -183,6 +183,25 @@ def attend(query: jax.Array, sources: Sequence[Source], scale: float, cap: float
     return out.reshape(b, h, t, f).transpose(0, 2, 1, 3).reshape(b, t, h * f)
 
 
+def attend_fused(query: jax.Array, sources: Sequence[Source], scale: float, implementation: str) -> jax.Array:
+    """`attend` without a cap, through `jax.nn.dot_product_attention`, for a t that is long.
+
+    Args:
+        sources: in floating point; what several rows share is repeated for each of them.
+        implementation: "cudnn", whose kernels keep no scores [b, h, t, s] (an NVIDIA GPU, bfloat16), or "xla".
+    """
+    rows = len(query)
+
+    def joined(name):
+        each = (getattr(source, name).values for source in sources)
+        return jnp.concatenate([jnp.repeat(x, rows // len(x), axis=0) for x in each], axis=2).swapaxes(1, 2)
+
+    mask = jnp.concatenate([source.mask for source in sources], axis=-1)[:, None]
+    out = jax.nn.dot_product_attention(query.swapaxes(1, 2), joined("key"), joined("value"), mask=mask, scale=scale,
+                                       implementation=implementation)
+    return out.reshape(*out.shape[:2], -1)
+
+
 def _by_source(x, rows):
     """[b, k, r, t, ...] -> [rows, k, q, ...]: all queries that look at the same keys."""
     b, k, r, t = x.shape[:4]

@@ -40,8 +40,8 @@ HEAD: tuple[Rule, ...] = ((r"(^|/)(actor|scalars)/", ()),)
 MOMENTS: tuple[Rule, ...] = tuple(
     (r"^opt_state/.*" + pattern, tuple(("fsdp", "expert") if axis == "fsdp" else axis for axis in axes))
     for pattern, axes in DECODER if "expert" not in axes)
-"""Of what the optimizer keeps of a trained trunk. It is read once an update, so that what is not an expert's can lie
-divided over "expert" too, where the parameters themselves are whole. Idea: Rajbhandari et al. (2020), "ZeRO", stage 1."""
+"""Of what the optimizer keeps of a trained trunk. It is read once an update, so that what is not an expert's lies
+divided over "expert" too, where the parameters are whole. Idea: Rajbhandari et al. (2020), "ZeRO", stage 1."""
 
 STATE: tuple[Rule, ...] = (
     (r"^(seed|iteration)$", ()), (r"^controller/", ()), (r"^opt_state/(.*/)?count$", ()), *HEAD, *ADAPTER, *MOMENTS,

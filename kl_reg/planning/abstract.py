@@ -143,6 +143,7 @@ def _at_hand(config, scratch) -> tuple[ConfigDict, dict]:
     if not (config.reference.paths and runs.parse(config.reference.paths[0])):
         config.reference.paths = tuple(place("reference.paths", path)[0] for path in config.reference.paths)
     config.reward = configs.default().reward         # which is no part of these programs
+    config.model.attention = config.model.attention and "xla"       # the GPU for the other is not here
     if not own_words:
         guessed = {"count": 1 if config.env.openings == "fixed" else 2, "tokens": config.env.opening_tokens}
         config.env.openings, config.env.opening = "fixed", "a"

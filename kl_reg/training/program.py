@@ -135,9 +135,13 @@ def build(static: Static, model: weights.Model, start=None, loss: Callable | Non
         loss: instead of the one that `rl.loss` names.
 
     Raises:
-        ValueError: an episode with its opening is longer than the model's context.
+        ValueError: an episode with its opening is longer than the model's context, or `model.attention` cannot be had
+            here.
     """
     config = static.config()
+    if config.model.attention == "cudnn" and jax.default_backend() != "gpu":
+        raise ValueError(f"model.attention='cudnn': needs an NVIDIA GPU; JAX runs on {jax.default_backend()!r} here. "
+                         "Choose '', or 'xla', its equal")
     rl, kl, drawn = config.rl, config.kl, Sampling(**config.sampling)
     words = tokenizer.load(model.folder)
     env = envs.ENVIRONMENTS[config.env.name](config.env, words, folders.ends(model.folder))
@@ -149,7 +153,8 @@ def build(static: Static, model: weights.Model, start=None, loss: Callable | Non
     if other and slots > weights.load_config(other).max_position:
         raise ValueError(f"env.length={env.length} and an opening of {slots - env.length} tokens make {slots}; the "
                          f"context of env.student_model={other!r} is {weights.load_config(other).max_position}")
-    shapes = dataclasses.replace(model.config, cache=config.model.cache, remat=config.model.remat)
+    shapes = dataclasses.replace(model.config, cache=config.model.cache, remat=config.model.remat,
+                                 attention=config.model.attention)
     agent = policies.build(config.policy.kind, shapes, config.policy)
     return Program(
         policy=agent, reference=reference.build(config.reference, agent, drawn, start), env=env,

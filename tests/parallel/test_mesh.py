@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import jax
 import numpy as np
+import optax
 import pytest
 import scenario
 from jax.sharding import AbstractMesh
@@ -118,6 +119,20 @@ def test_what_reads_the_residual_stream_and_what_writes_it_fit_together(tiny_sha
     layers = parallel.specs(params, partitions.DECODER, TWO_OF_EACH)["layers"]
     assert layers["up"]["kernel"] == layers["query"]["kernel"] == P(None, "fsdp", "tensor")
     assert layers["down"]["kernel"] == layers["out"]["kernel"] == P(None, "tensor", "fsdp")
+
+
+def test_what_the_optimizer_keeps_of_a_mixture_lies_over_its_experts_devices_too(tiny_shapes):
+    """Where parameters lie whole over "expert"."""
+    params = {"trunk": jax.eval_shape(partial(decoder.init, dataclasses.replace(tiny_shapes, experts=4)), KEY)}
+    state = {"params": params, "opt_state": jax.eval_shape(optax.scale_by_adam().init, params)}
+    own = parallel.specs(state, partitions.STATE, scenario.mesh_of(fsdp=2, tensor=2, expert=2))
+    assert own["params"]["trunk"]["layers"]["query"]["kernel"] == P(None, "fsdp", "tensor")
+    for moments in own["opt_state"].mu["trunk"], own["opt_state"].nu["trunk"]:
+        layers = moments["layers"]
+        assert layers["query"]["kernel"] == P(None, ("fsdp", "expert"), "tensor")
+        assert layers["out"]["kernel"] == P(None, "tensor", ("fsdp", "expert"))
+        assert layers["experts"]["down"] == P(None, "expert", "tensor", "fsdp")
+        assert moments["embed"] == P("tensor", ("fsdp", "expert"))
 
 
 def test_a_parameter_without_a_rule_is_an_error_that_names_it():

@@ -172,6 +172,18 @@ def test_recomputed_activations_change_no_gradient(case, remat):
     assert_same_gradient(gradient(other.program, own), gradient(own.program, own))
 
 
+def test_attention_through_jax_changes_no_gradient(case):
+    own = case("full")
+    other = case("full", model__attention="xla")
+    for cost in (scoring.PLAIN, scoring.Cost(group=2)):
+        assert_same_gradient(gradient(other.program, own, cost=cost), gradient(own.program, own, cost=cost))
+
+
+def test_attention_by_cudnn_is_refused_where_there_is_no_gpu(case):
+    with pytest.raises(ValueError, match="model.attention='cudnn': needs an NVIDIA GPU"):
+        case("full", model__attention="cudnn", model__dtype="bfloat16")
+
+
 @pytest.mark.parametrize("kind", ["head", "full"])
 def test_one_minibatch_needs_no_record_of_what_was_sampled(case, kind):
     """The whole update, where the record is made by its only minibatch, beside that of a plain program, which has the
