@@ -82,13 +82,16 @@ def _split(x, parts):
 
 def _over_parts(function, used, *xs):
     """`lax.map` over the parts; zeros behind the first `used` ones."""
-    def part(args):
-        index, *rows = args
-        nothing = lambda *rows: jax.tree.map(  # noqa: E731
-            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, *rows))
-        return jax.lax.cond(index < used, function, nothing, *rows)
+    shapes = jax.eval_shape(function, *jax.tree.map(lambda x: x[0], xs))
+    outs = jax.tree.map(lambda x: jnp.zeros((len(xs[0]), *x.shape), x.dtype), shapes)
 
-    return jax.lax.map(part, (jnp.arange(len(xs[0])), *xs))
+    def part(outs, args):
+        index, *rows = args
+        write = lambda outs, *rows: jax.tree.map(  # noqa: E731
+            lambda x, y: x.at[index].set(y), outs, function(*rows))
+        return jax.lax.cond(index < used, write, lambda outs, *_: outs, outs, *rows), None
+
+    return jax.lax.scan(part, outs, (jnp.arange(len(xs[0])), *xs))[0]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -227,15 +230,16 @@ def _loss_forward(plan, loss, together, policy, policy_table, base, base_table, 
         index, rows = xs
         by_product, values, terms = _over_parts(part, used - index * together, *rows)
         if plan.train_table:
-            by_table += _product("prv,prd->vd", policy_table.dtype, by_product, rows[0])
+            by_table += _product("prd,prv->dv", policy_table.dtype, rows[0], by_product)
         return by_table, (values.sum(), terms, _product("prv,vd->prd", policy_table.dtype, by_product, policy_table))
 
     groups = len(action) // together
     rows = jax.tree.map(lambda x: x.reshape(groups, together, *x.shape[1:]), (policy, base, action, given))
-    by_table = jnp.zeros(policy_table.shape if plan.train_table else (), jnp.float32)
+    by_table = jnp.zeros(policy_table.shape[::-1] if plan.train_table else (), jnp.float32)
     by_table, (values, *others) = jax.lax.scan(group, by_table, (jnp.arange(groups), rows))
+    by_table = jax.lax.optimization_barrier(by_table)
     terms, by_policy = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), others)
-    return (values.sum(), terms), (by_policy, by_table.astype(policy_table.dtype) if plan.train_table else None)
+    return (values.sum(), terms), (by_policy, by_table.T.astype(policy_table.dtype) if plan.train_table else None)
 
 
 def _loss_backward(plan, loss, together, residuals, cotangents):

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from kl_reg.divided import constrain
 from kl_reg.models.block import REMATS, Block, DecoderConfig
-from kl_reg.models.layers import Norm, Source, Stored, attend, attend_fused, rotate, store
+from kl_reg.models.layers import Norm, Source, Stored, attend, attend_fused, rotate, store, write
 from kl_reg.parallel import ROWS
 
 
@@ -233,8 +233,7 @@ def decode(config: DecoderConfig, params: dict, token: Int[Array, " b"], start: 
         query, key, value = (_heads(x, len(token)) for x in (query, key, value))
         if angles[local] is not None:
             query, key = rotate(query, *angles[local]), rotate(key, *angles[local])
-        key, value = (jax.tree.map(lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, index - prompt, axis=2),
-                                   kept, store(new, config.cache))
+        key, value = (jax.tree.map(lambda x, y: write(x, y, index - prompt, axis=2), kept, store(new, config.cache))
                       for kept, new in ((old.key, key), (old.value, value)))
         sources = [Source(old.prompt_key, old.prompt_value, masks[local][0]), Source(key, value, masks[local][1])]
         return _attend(config, query, sources)[:, 0], old._replace(key=key, value=value)

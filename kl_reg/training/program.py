@@ -92,7 +92,7 @@ class Program(NamedTuple):
     @property
     def cached(self) -> int:
         """Entries of tokens x vocabulary that are worked on at a time: on a CPU so many that its cache holds them."""
-        return min(self.entries, 2**22) if jax.default_backend() == "cpu" else self.entries
+        return min(self.entries, 2**23) if jax.default_backend() == "cpu" else self.entries
 
     @property
     def differentiated(self) -> tuple[str, ...]:
