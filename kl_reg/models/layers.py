@@ -152,7 +152,7 @@ def store(x: jax.Array, dtype: str) -> Stored:
 def write(kept: jax.Array, new: jax.Array, index: jax.Array, axis: int) -> jax.Array:
     """`kept` with `new` from `index` on along `axis`, in place.
 
-    It is `lax.dynamic_update_slice`, which `vmap` would make a scatter, and XLA would fuse into each of its readers: for
+    It is `lax.dynamic_update_slice`, which `vmap` would make a scatter and XLA would fuse into each of its readers; for
     either, all of `kept` is copied. Members write in the same place.
     """
     @jax.custom_batching.custom_vmap

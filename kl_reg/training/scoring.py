@@ -88,12 +88,13 @@ class Layout(NamedTuple):
 
 
 def layout(program, shape: tuple[int, int], vocabulary: int, cost: Cost) -> Layout:
-    """Parts whose logits fit a processor's cache or, all together, the memory that `program.entries` allows."""
+    """Parts whose logits fit a processor's cache, of which several are put together for products that are long enough;
+    where there is no such limit, what the memory that `program.entries` allows holds."""
     rows, count = shape
     row = rows * vocabulary * cost.members
     positions = min(count, max(1, program.cached // row))
     parts = -(-count // positions)
-    together = min(parts, max(1, program.entries // (row * positions)))
+    together = min(parts, max(1, min(program.entries, 4 * program.cached) // (row * positions)))
     return Layout(rows, count, -(-parts // together) * together, positions, together)
 
 

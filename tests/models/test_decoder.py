@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from kl_reg.models import decoder, weights
+from kl_reg.models import decoder, layers, weights
 from kl_reg.models.layers import store
 
 LENGTH = 10
@@ -154,6 +154,17 @@ def test_rows_with_the_same_prompt_read_it_once(model, tokens, group):
     for row, begin in enumerate(starts):
         np.testing.assert_allclose(shared.features[row, begin:], whole.features[row, begin:], atol=1e-4)
         np.testing.assert_allclose(first.last[row // group, begin:], whole.last[row, begin:4], atol=1e-4)
+
+
+def test_members_write_their_caches_in_place():
+    """No scatter, for which XLA copies the cache."""
+    rng = np.random.default_rng(0)
+    kept, new = (jnp.float32(rng.standard_normal((3, 2, slots, 4))) for slots in (5, 1))
+    over = jax.vmap(partial(layers.write, axis=1), (0, 0, None))
+    expected = np.array(kept)
+    expected[:, :, 3:4] = new
+    np.testing.assert_array_equal(over(kept, new, 3), expected)
+    assert "scatter" not in str(jax.make_jaxpr(over)(kept, new, 3))
 
 
 @pytest.mark.parametrize("cache_dtype, part", [("", 1e-5), ("bfloat16", 0.02), ("int8", 0.04)])
