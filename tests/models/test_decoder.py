@@ -163,8 +163,8 @@ def test_members_write_their_caches_in_place():
     over = jax.vmap(partial(layers.write, axis=1), (0, 0, None))
     expected = np.array(kept)
     expected[:, :, 3:4] = new
-    np.testing.assert_array_equal(over(kept, new, 3), expected)
-    assert "scatter" not in str(jax.make_jaxpr(over)(kept, new, 3))
+    np.testing.assert_array_equal(over(kept, new, jnp.int32(3)), expected)
+    assert "scatter" not in str(jax.make_jaxpr(over)(kept, new, jnp.int32(3)))
 
 
 @pytest.mark.parametrize("cache_dtype, part", [("", 1e-5), ("bfloat16", 0.02), ("int8", 0.04)])
