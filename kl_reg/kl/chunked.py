@@ -1,10 +1,12 @@
 """Exact terms of many tokens from hidden states, and losses of them, a chunk of rows at a time: no [n, v] array of all
 n rows is formed.
 
-Axis names: n tokens, d model width, v vocabulary, p parts of r rows each.
+Axis names: n tokens, d model width, v vocabulary, p parts of r rows each. A part's products with the tables are made at
+once, and worked on `block` rows at a time: long products are fast, and few rows stay in a processor's cache.
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -14,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kl_reg.kl.exact import TokenTerms, token_terms
+from kl_reg.slices import take, write
 
 _DIFFERENTIABLE = ("log_prob", "kl", "entropy", "forward_kl")
 
@@ -26,12 +29,14 @@ class _Plan(NamedTuple):
     differentiate: tuple[str, ...]
     scale: float
     cap: float | None
+    block: int | None
 
 
 def chunked_terms(policy: Float[Array, "n d"], policy_table: Float[Array, "v d"], base: Float[Array, "n d"],
                   base_table: Float[Array, "v d"], action: Int[Array, " n"], *, relative: bool, chunk: int,
                   train_table: bool = False, differentiate: tuple[str, ...] = ("log_prob", "kl"),
-                  scale: float = 1.0, cap: float | None = None, used: Int[Array, ""] | None = None) -> TokenTerms:
+                  scale: float = 1.0, cap: float | None = None, used: Int[Array, ""] | None = None,
+                  block: int | None = None) -> TokenTerms:
     r"""`token_terms` of n tokens whose logits are scale * (hidden @ table^T); float32 [n], nats per token.
 
     The derivatives with respect to `policy` are formed while a chunk's logits are there: scale * (dterm / dlogits) @
@@ -55,6 +60,7 @@ def chunked_terms(policy: Float[Array, "n d"], policy_table: Float[Array, "v d"]
         cap: logits are scale * cap * tanh(hidden @ table^T / cap), a relative policy's change is not; None: nothing is.
         used: only so many of the ceil(n / chunk) parts are computed, of which part i holds every ceil(n / chunk)-th row
             from i on; the others are zero. None: all.
+        block: so many rows of a chunk at a time, or a number near it that divides the chunk; None: all.
 
     Raises:
         ValueError: an unknown name in `differentiate`, or `chunk` below 1.
@@ -64,7 +70,7 @@ def chunked_terms(policy: Float[Array, "n d"], policy_table: Float[Array, "v d"]
         raise ValueError(f"differentiate={unknown} is unknown; choose from {', '.join(_DIFFERENTIABLE)}")
     if chunk < 1:
         raise ValueError(f"chunk={chunk} must be at least 1")
-    plan = _Plan(relative, train_table, tuple(differentiate), scale, cap)
+    plan = _Plan(relative, train_table, tuple(differentiate), scale, cap, block)
     tokens = action.shape[0]
     parts = max(-(-tokens // chunk), 1)
     split = partial(_split, parts=parts)
@@ -82,39 +88,57 @@ def _split(x, parts):
 
 def _over_parts(function, used, *xs):
     """`lax.map` over the parts; zeros behind the first `used` ones."""
-    shapes = jax.eval_shape(function, *jax.tree.map(lambda x: x[0], xs))
-    outs = jax.tree.map(lambda x: jnp.zeros((len(xs[0]), *x.shape), x.dtype), shapes)
-
-    def part(outs, args):
+    def part(args):
         index, *rows = args
-        write = lambda outs, *rows: jax.tree.map(  # noqa: E731
-            lambda x, y: x.at[index].set(y), outs, function(*rows))
-        return jax.lax.cond(index < used, write, lambda outs, *_: outs, outs, *rows), None
+        nothing = lambda *rows: jax.tree.map(  # noqa: E731
+            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, *rows))
+        return jax.lax.cond(index < used, function, nothing, *rows)
 
-    return jax.lax.scan(part, outs, (jnp.arange(len(xs[0])), *xs))[0]
+    return jax.lax.map(part, (jnp.arange(len(xs[0])), *xs))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _terms(plan, policy, policy_table, base, base_table, action, used):
-    def part(*rows):
-        product, terms_of = _part(plan, policy_table, base_table, *rows)
-        return terms_of(product)
+    def part(policy, base, action):
+        products = _products(policy_table, base_table, policy, base)
+        return _over_rows(plan.block, lambda *row: (None, _terms_of(plan, *row)), *products, action)[1]
 
     return _over_parts(part, used, policy, base, action)
 
 
-def _part(plan, policy_table, base_table, policy, base, action):
-    """Products [r, v] of the policy with its table, and the function from such products to the terms [r]."""
+def _products(policy_table, base_table, policy, base):
+    """[r, v] of policy and base, each with its table."""
+    own = _product("rd,vd->rv", policy_table.dtype, policy, policy_table)
+    return own, _product("rd,vd->rv", base_table.dtype, base, base_table)
+
+
+def _terms_of(plan, product, base_product, action):
+    """Of one token, from its rows [v] of the products."""
     shape = lambda z: z if plan.cap is None else plan.cap * jnp.tanh(z / plan.cap)  # noqa: E731
-    base_logits = shape(_product("rd,vd->rv", base_table.dtype, base, base_table)) * plan.scale
-    log_base = jax.nn.log_softmax(base_logits)
-    one = partial(token_terms, forward="forward_kl" in plan.differentiate)
+    base_logits = shape(base_product) * plan.scale
+    logits = base_logits + product * plan.scale if plan.relative else shape(product) * plan.scale
+    return token_terms(logits, jax.nn.log_softmax(base_logits), action, forward="forward_kl" in plan.differentiate)
 
-    def terms_of(product):
-        logits = base_logits + product * plan.scale if plan.relative else shape(product) * plan.scale
-        return jax.vmap(one)(logits, log_base, action)
 
-    return _product("rd,vd->rv", policy_table.dtype, policy, policy_table), terms_of
+def _over_rows(block, function, product, *xs):
+    """function(row of product, rows of xs) -> (what takes the place of the product's; None: nothing, others), of all
+    rows, a block at a time."""
+    rows = len(product)
+    if block is None or block >= rows:
+        return jax.vmap(function)(product, *xs)
+    size = min((n for n in range(1, rows + 1) if rows % n == 0), key=lambda n: abs(math.log(n / block)))
+
+    def work(i, carry):
+        product, outs = carry
+        here = jax.tree.map(lambda x: take(x, i * size, size, 0), (product, *xs))
+        own, new = jax.vmap(function)(*here)
+        put = lambda out, x: write(out, x, i * size, 0)  # noqa: E731
+        return product if own is None else put(product, own), jax.tree.map(put, outs, new)
+
+    own, shapes = jax.eval_shape(jax.vmap(function), product, *xs)
+    outs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    product, outs = jax.lax.fori_loop(0, rows // size, work, (product, outs))
+    return None if own is None else product, outs
 
 
 def _product(axes, dtype, left, right):
@@ -127,11 +151,16 @@ def _forward(plan, policy, policy_table, base, base_table, action, used):
     if plan.train_table:
         return _terms(plan, *inputs), inputs
 
-    def part(*rows):
-        product, terms_of = _part(plan, policy_table, base_table, *rows)
-        by_product = {name: jax.grad(lambda z, name=name: terms_of(z)._asdict()[name].sum())(product)
-                      for name in plan.differentiate}
-        return terms_of(product), {name: _by_policy(x, policy_table) for name, x in by_product.items()}
+    def row(product, *rest):
+        """Of one token: its terms and their derivatives by its product."""
+        terms_of = lambda product: _terms_of(plan, product, *rest)  # noqa: E731
+        return None, (terms_of(product), {name: jax.grad(lambda z, name=name: terms_of(z)._asdict()[name])(product)
+                                          for name in plan.differentiate})
+
+    def part(policy, base, action):
+        products = _products(policy_table, base_table, policy, base)
+        _, (terms, by_product) = _over_rows(plan.block, row, *products, action)
+        return terms, {name: _by_policy(x, policy_table) for name, x in by_product.items()}
 
     return _over_parts(part, used, policy, base, action)
 
@@ -154,15 +183,14 @@ def _by_policy_and_table(plan, inputs, weights):
     """Gradients of the weighted sum of terms with respect to hidden states [p, r, d] and table [v, d]."""
     policy, policy_table, base, base_table, action, used = inputs
 
-    def read(by_table, weights, *rows):
-        product, terms_of = _part(plan, policy_table, base_table, *rows)
+    def weighted(product, base_product, action, weights):
+        terms = _terms_of(plan, product, base_product, action)._asdict()
+        return sum((weight * terms[name] for name, weight in weights.items()), jnp.zeros(()))
 
-        def weighted(z):
-            terms = terms_of(z)._asdict()
-            return sum(((weight * terms[name]).sum() for name, weight in weights.items()), jnp.zeros(()))
-
-        by_product = jax.grad(weighted)(product)
-        by_table += _product("rv,rd->vd", policy_table.dtype, by_product, rows[0])
+    def read(by_table, weights, policy, base, action):
+        products = _products(policy_table, base_table, policy, base)
+        by_product, _ = _over_rows(plan.block, lambda *row: (jax.grad(weighted)(*row), ()), *products, action, weights)
+        by_table += _by_table(by_product, policy, policy_table)
         return by_table, _by_policy(by_product, policy_table)
 
     def part(by_table, xs):
@@ -170,9 +198,19 @@ def _by_policy_and_table(plan, inputs, weights):
         nothing = lambda by_table, weights, policy, *_: (by_table, jnp.zeros_like(policy))  # noqa: E731
         return jax.lax.cond(index < used, read, nothing, by_table, weights, *rows)
 
-    zeros = jnp.zeros(policy_table.shape, jnp.float32)
+    zeros = jnp.zeros(policy_table.shape[::-1], jnp.float32)
     by_table, by_policy = jax.lax.scan(part, zeros, (jnp.arange(len(policy)), weights, policy, base, action))
-    return by_policy, by_table.astype(policy_table.dtype)
+    return by_policy, _as_table(by_table, policy_table)
+
+
+def _by_table(by_product, policy, table):
+    """[d, v]. Here and in `_as_table` a barrier keeps the transpose out of the product, which is faster without."""
+    return _product("dr,rv->dv", table.dtype, jax.lax.optimization_barrier(policy.T), by_product)
+
+
+def _as_table(by_table, table):
+    """The gradient [d, v] as one of the table [v, d]."""
+    return jax.lax.optimization_barrier(by_table).T.astype(table.dtype)
 
 
 _terms.defvjp(_forward, _backward)
@@ -180,8 +218,8 @@ _terms.defvjp(_forward, _backward)
 
 def chunked_loss(loss: Callable, policy: Float[Array, "p r d"], policy_table: Float[Array, "v d"],
                  base: Float[Array, "p r d"], base_table: Float[Array, "v d"], action: Int[Array, "p r"], given, shared,
-                 *, relative: bool, together: int, train_table: bool = False, forward: bool = False,
-                 scale: float = 1.0, cap: float | None = None, used: Int[Array, ""] | None = None
+                 *, relative: bool, train_table: bool = False, forward: bool = False, scale: float = 1.0,
+                 cap: float | None = None, used: Int[Array, ""] | None = None, block: int | None = None
                  ) -> tuple[Float[Array, ""], TokenTerms]:
     r"""The sum of loss(terms, given, shared) over all tokens, and their `token_terms` [p, r], which are constants.
 
@@ -192,57 +230,60 @@ def chunked_loss(loss: Callable, policy: Float[Array, "p r d"], policy_table: Fl
     Args:
         loss: from `TokenTerms` of scalars, one token's entry of `given` and `shared` to a scalar.
         given: a pytree of [p, r]; `shared`: a pytree. Both are constants.
-        together: the derivatives by the logits of so many parts, [together, r, v], are multiplied with hidden states
-            and table at once; p is a multiple.
         forward: whether D(beta || pi) is among the terms.
         used: only the first so many parts are computed, the others are zero; None: all.
         others: as of `chunked_terms`.
     """
-    plan = _Plan(relative, train_table, ("forward_kl",) * forward, scale, cap)
+    plan = _Plan(relative, train_table, ("forward_kl",) * forward, scale, cap, block)
     used = jnp.int32(len(action)) if used is None else used
-    return _loss(plan, loss, together, policy.astype(jnp.float32), policy_table, jax.lax.stop_gradient(base),
+    return _loss(plan, loss, policy.astype(jnp.float32), policy_table, jax.lax.stop_gradient(base),
                  jax.lax.stop_gradient(base_table), action, given, shared, used)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _loss(plan, loss, together, policy, policy_table, base, base_table, action, given, shared, used):
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _loss(plan, loss, policy, policy_table, base, base_table, action, given, shared, used):
+    def row(product, base_product, action, given):
+        terms = _terms_of(plan, product, base_product, action)
+        return None, (loss(terms, given, shared=shared), terms)
+
     def part(policy, base, action, given):
-        product, terms_of = _part(plan, policy_table, base_table, policy, base, action)
-        terms = terms_of(product)
-        return jax.vmap(partial(loss, shared=shared))(terms, given).sum(), terms
+        products = _products(policy_table, base_table, policy, base)
+        _, (values, terms) = _over_rows(plan.block, row, *products, action, given)
+        return values.sum(), terms
 
     losses, terms = _over_parts(part, used, policy, base, action, given)
     return losses.sum(), terms
 
 
-def _loss_forward(plan, loss, together, policy, policy_table, base, base_table, action, given, shared, used):
-    def part(policy, base, action, given):
-        product, terms_of = _part(plan, policy_table, base_table, policy, base, action)
-
+def _loss_forward(plan, loss, policy, policy_table, base, base_table, action, given, shared, used):
+    def row(product, base_product, action, given):
         def total(product):
-            terms = terms_of(product)
-            return jax.vmap(partial(loss, shared=shared))(terms, given).sum(), terms
+            terms = _terms_of(plan, product, base_product, action)
+            return loss(terms, given, shared=shared), terms
 
-        (value, terms), by_product = jax.value_and_grad(total, has_aux=True)(product)
-        return by_product, value, terms
+        return jax.value_and_grad(total, has_aux=True)(product)[::-1]
 
-    def group(by_table, xs):
-        index, rows = xs
-        by_product, values, terms = _over_parts(part, used - index * together, *rows)
+    def read(by_table, policy, base, action, given):
+        products = _products(policy_table, base_table, policy, base)
+        by_product, (values, terms) = _over_rows(plan.block, row, *products, action, given)
         if plan.train_table:
-            by_table += _product("prd,prv->dv", policy_table.dtype, rows[0], by_product)
-        return by_table, (values.sum(), terms, _product("prv,vd->prd", policy_table.dtype, by_product, policy_table))
+            by_table += _by_table(by_product, policy, policy_table)
+        return by_table, (values.sum(), terms, _by_policy(by_product, policy_table))
 
-    groups = len(action) // together
-    rows = jax.tree.map(lambda x: x.reshape(groups, together, *x.shape[1:]), (policy, base, action, given))
+    def part(by_table, xs):
+        index, *rows = xs
+        _, shapes = jax.eval_shape(read, by_table, *rows)
+        nothing = lambda by_table, *_: (by_table, jax.tree.map(  # noqa: E731
+            lambda x: jnp.zeros(x.shape, x.dtype), shapes))
+        return jax.lax.cond(index < used, read, nothing, by_table, *rows)
+
     by_table = jnp.zeros(policy_table.shape[::-1] if plan.train_table else (), jnp.float32)
-    by_table, (values, *others) = jax.lax.scan(group, by_table, (jnp.arange(groups), rows))
-    by_table = jax.lax.optimization_barrier(by_table)
-    terms, by_policy = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), others)
-    return (values.sum(), terms), (by_policy, by_table.T.astype(policy_table.dtype) if plan.train_table else None)
+    by_table, (values, terms, by_policy) = jax.lax.scan(
+        part, by_table, (jnp.arange(len(action)), policy, base, action, given))
+    return (values.sum(), terms), (by_policy, _as_table(by_table, policy_table) if plan.train_table else None)
 
 
-def _loss_backward(plan, loss, together, residuals, cotangents):
+def _loss_backward(plan, loss, residuals, cotangents):
     by_inputs = jax.tree.map(lambda x: cotangents[0].astype(x.dtype) * x, residuals)
     return *by_inputs, *[None] * 6
 

@@ -19,8 +19,9 @@ from jaxtyping import Array, Float, Int
 
 from kl_reg.divided import constrain
 from kl_reg.models.block import REMATS, Block, DecoderConfig
-from kl_reg.models.layers import Norm, Source, Stored, attend, attend_fused, rotate, store, write
+from kl_reg.models.layers import Norm, Source, Stored, attend, attend_fused, rotate, store
 from kl_reg.parallel import ROWS
+from kl_reg.slices import write
 
 
 class Hidden(NamedTuple):

@@ -149,27 +149,6 @@ def store(x: jax.Array, dtype: str) -> Stored:
     return Stored(jnp.round(x / scale[..., None]).astype(jnp.int8), scale)
 
 
-def write(kept: jax.Array, new: jax.Array, index: jax.Array, axis: int) -> jax.Array:
-    """`kept` with `new` from `index` on along `axis`, in place.
-
-    It is `lax.dynamic_update_slice`, which `vmap` would make a scatter and XLA would fuse into each of its readers; for
-    either, all of `kept` is copied. Members write in the same place.
-    """
-    @jax.custom_batching.custom_vmap
-    def place(kept, new, index):
-        return jax.lax.optimization_barrier(jax.lax.dynamic_update_slice_in_dim(kept, new, index, axis))
-
-    @place.def_vmap
-    def place_all(size, batched, kept, new, index):
-        if batched[2]:
-            raise NotImplementedError("members that write in different places")
-        kept, new = (x if own else jnp.broadcast_to(x, (size, *x.shape))
-                     for x, own in zip((kept, new), batched, strict=False))
-        return write(kept, new, index, axis + 1), True
-
-    return place(kept, new, index)
-
-
 class Source(NamedTuple):
     """Keys and values that queries of b rows look at where `mask` [b, t, s] is True. They may be of fewer rows: then
     each is what b / rows queries' rows in a row have in common."""

@@ -90,9 +90,14 @@ class Program(NamedTuple):
         return self.policy.alone if self.deferred else self.policy
 
     @property
-    def cached(self) -> int:
-        """Entries of tokens x vocabulary that are worked on at a time: on a CPU so many that its cache holds them."""
-        return min(self.entries, 2**23) if jax.default_backend() == "cpu" else self.entries
+    def formed(self) -> int:
+        """Entries of tokens x vocabulary that are formed at a time. On a CPU longer products are no faster."""
+        return min(self.entries, 2**25) if jax.default_backend() == "cpu" else self.entries
+
+    @property
+    def cached(self) -> int | None:
+        """Entries that are worked on at a time: on a CPU so many that its cache holds them. None: all of them."""
+        return 2**19 if jax.default_backend() == "cpu" else None
 
     @property
     def differentiated(self) -> tuple[str, ...]:

@@ -62,13 +62,14 @@ def score(program, params, memory, frozen: Frozen, episodes: Episodes, caps: Cap
 
 
 class Layout(NamedTuple):
-    """How [b, k] streams are cut into parts [p, r] of `positions` positions of all rows, `together` parts at a time."""
+    """How [b, k] streams are cut into parts [p, r] of `positions` positions of all rows; `block` of the r are worked on
+    at a time (None: all)."""
 
     rows: int
     count: int
     parts: int
     positions: int
-    together: int
+    block: int | None
 
     def arrange(self, x):
         """[b, k, ...] -> [p, r, ...]."""
@@ -88,14 +89,13 @@ class Layout(NamedTuple):
 
 
 def layout(program, shape: tuple[int, int], vocabulary: int, cost: Cost) -> Layout:
-    """Parts whose logits fit a processor's cache, of which several are put together for products that are long enough;
-    where there is no such limit, what the memory that `program.entries` allows holds."""
+    """Parts whose logits are formed at once, and blocks that a processor's cache holds."""
     rows, count = shape
-    row = rows * vocabulary * cost.members
-    positions = min(count, max(1, program.cached // row))
-    parts = -(-count // positions)
-    together = min(parts, max(1, min(program.entries, 4 * program.cached) // (row * positions)))
-    return Layout(rows, count, -(-parts // together) * together, positions, together)
+    row = vocabulary * cost.members
+    most = min(count, max(1, program.formed // (rows * row)))
+    positions = min(range(most // 2 + 1, most + 1), key=lambda own: (-(-count // own) * own, -own))     # least padding
+    block = None if program.cached is None else max(1, program.cached // row)
+    return Layout(rows, count, -(-count // positions), positions, block)
 
 
 def states(program, params, frozen: Frozen, episodes: Episodes) -> States:
@@ -120,7 +120,7 @@ def read_at_once(program, params, frozen: Frozen, episodes: Episodes, longest: I
     terms = chunked_terms(
         rows(own.policy), table, rows(own.base), base_table, rows(episodes.action), relative=program.policy.relative,
         chunk=cut.rows * cut.positions, train_table=factored.trained, differentiate=program.differentiated,
-        scale=1 / program.sampling.temperature, cap=factored.cap, used=cut.used(longest))
+        scale=1 / program.sampling.temperature, cap=factored.cap, used=cut.used(longest), block=cut.block)
     terms = jax.tree.map(lambda x: cut.back(x.reshape(-1, cut.parts).T), terms)
     return jax.tree.map(lambda x: jnp.where(episodes.mask, x, 0.0), Scores(terms, own.value))
 
@@ -133,9 +133,9 @@ def loss_at_once(program, params, frozen: Frozen, episodes: Episodes, loss: Call
     cut, factored = layout(program, episodes.mask.shape, len(base_table), cost), program.policy.factored
     total, terms = chunked_loss(
         loss, cut.arrange(own.policy), table, cut.arrange(own.base), base_table, cut.arrange(episodes.action),
-        jax.tree.map(cut.arrange, given), shared, relative=program.policy.relative, together=cut.together,
-        train_table=factored.trained, forward=program.kl.config.direction == "forward",
-        scale=1 / program.sampling.temperature, cap=factored.cap, used=cut.used(longest))
+        jax.tree.map(cut.arrange, given), shared, relative=program.policy.relative, train_table=factored.trained,
+        forward=program.kl.config.direction == "forward", scale=1 / program.sampling.temperature, cap=factored.cap,
+        used=cut.used(longest), block=cut.block)
     scores = Scores(jax.lax.stop_gradient(jax.tree.map(cut.back, terms)), own.value)
     return total, jax.tree.map(lambda x: jnp.where(episodes.mask, x, 0.0), scores)
 

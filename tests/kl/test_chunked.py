@@ -44,7 +44,7 @@ def weights(n=N):
     return TokenTerms(*np.float32(np.random.default_rng(9).normal(0, 1, (5, n))))
 
 
-@partial(jax.jit, static_argnames=("relative", "chunk", "train_table", "differentiate", "scale"))
+@partial(jax.jit, static_argnames=("relative", "chunk", "train_table", "differentiate", "scale", "block"))
 def gradients(policy, policy_table, base, base_table, action, **settings):
     """Of the weighted sum of all terms, with respect to all four float inputs; and the terms."""
     def loss(*inputs):
@@ -54,13 +54,13 @@ def gradients(policy, policy_table, base, base_table, action, **settings):
     return jax.grad(loss, (0, 1, 2, 3), has_aux=True)(policy, policy_table, base, base_table)
 
 
-@pytest.mark.parametrize("relative, scale, train_table", [
-    (True, 1 / 0.7, False), (True, 1.0, True), (False, 1.0, False), (False, 1 / 0.7, True)])
-def test_values_and_gradients_are_those_of_float64(relative, scale, train_table):
+@pytest.mark.parametrize("relative, scale, train_table, block", [
+    (True, 1 / 0.7, False, None), (True, 1.0, True, 1), (False, 1.0, False, 2), (False, 1 / 0.7, True, None)])
+def test_values_and_gradients_are_those_of_float64(relative, scale, train_table, block):
     inputs = problem()
     terms, by_logits = wide(*inputs, relative, scale)
     got, values = gradients(*inputs, relative=relative, chunk=5, train_table=train_table, differentiate=ALL,
-                            scale=scale)
+                            scale=scale, block=block)
     for value, expected in zip(values, terms, strict=True):
         assert value.dtype == jnp.float32 and value.shape == (N,)
         np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-5)
@@ -246,9 +246,9 @@ def token_loss(terms, given, shared):
     return weight * (jnp.exp(terms.log_prob - old) + shared * terms.kl - 0.1 * terms.entropy + 0.2 * terms.forward_kl)
 
 
-@pytest.mark.parametrize("relative, train_table, together, cap", [
-    (True, False, 1, None), (False, True, 2, None), (False, True, 4, 2.0), (True, True, 2, 3.0)])
-def test_a_loss_of_each_token_is_differentiated_where_it_is_read(relative, train_table, together, cap):
+@pytest.mark.parametrize("relative, train_table, block, cap", [
+    (True, False, None, None), (False, True, 2, None), (False, True, 1, 2.0), (True, True, 3, 3.0)])
+def test_a_loss_of_each_token_is_differentiated_where_it_is_read(relative, train_table, block, cap):
     """Three of four parts of four rows, beside all logits differentiated automatically."""
     policy, table, base, base_table, action = problem(8, n=16)
     rng = np.random.default_rng(0)
@@ -258,7 +258,7 @@ def test_a_loss_of_each_token_is_differentiated_where_it_is_read(relative, train
 
     def ours(policy, table, base, base_table):
         total, terms = chunked_loss(token_loss, parts(policy), table, parts(base), base_table, parts(action), given,
-                                    0.7, relative=relative, together=together, train_table=train_table,
+                                    0.7, relative=relative, block=block, train_table=train_table,
                                     forward=True, scale=1 / 0.7, cap=cap, used=jnp.int32(3))
         return 2 * total + terms.kl.sum(), terms
 
@@ -283,19 +283,36 @@ def test_a_loss_of_each_token_is_differentiated_where_it_is_read(relative, train
     assert ours(policy, table, base, base_table)[0] == pytest.approx(float(value), rel=1e-5)     # without a gradient
 
 
+def test_members_are_what_each_is_alone():
+    """Two heads on one base, in blocks; a block is sliced, and not gathered."""
+    policy, table, base, _, action = problem(10, n=16)
+    policies = jnp.stack([policy, 2 * policy])
+
+    def gradient(policy):
+        parts = [x.reshape(2, 8, *x.shape[1:]) for x in (policy, base, action)]
+        return chunked_loss(lambda terms, given, shared: terms.log_prob * terms.kl, parts[0], table, parts[1], table,
+                            parts[2], (), (), relative=True, block=4)[0]
+
+    members = jax.vmap(jax.grad(gradient))
+    for got, own in zip(members(policies), policies, strict=True):
+        np.testing.assert_allclose(got, jax.grad(gradient)(own), rtol=1e-5, atol=1e-6)
+    assert not any(equation.primitive.name in ("gather", "scatter") and equation.invars[0].aval.shape[-1:] == (V,)
+                   and equation.invars[0].aval.size > 8 * V for equation in inner(jax.make_jaxpr(members)(policies)))
+
+
 def test_the_products_of_a_loss_are_done_once():
     policy, table, base, _, action = problem(**BIG)
     parts = lambda x: x.reshape(32, 16, *x.shape[1:])  # noqa: E731
 
     def loss(policy, table):
         return chunked_loss(lambda terms, given, shared: terms.log_prob + terms.kl, parts(policy), table, parts(base),
-                            table, parts(action), (), (), relative=False, together=8, train_table=True)[0]
+                            table, parts(action), (), (), relative=False, block=4, train_table=True)[0]
 
     jaxpr = jax.make_jaxpr(jax.grad(loss, (0, 1)))(policy, table).jaxpr
     products = [e for e in inner(jaxpr) if e.primitive.name == "dot_general"]
     assert len(products) == 4
     largest = max(np.prod(variable.aval.shape) for e in inner(jaxpr) for variable in e.outvars)
-    assert largest <= 8 * 16 * BIG["v"]
+    assert largest <= max(16 * BIG["v"], BIG["v"] * BIG["d"])
 
 
 def test_parts_that_are_not_used_are_zero():

@@ -9,8 +9,9 @@ import pytest
 import torch
 import transformers
 
-from kl_reg.models import decoder, layers, weights
+from kl_reg.models import decoder, weights
 from kl_reg.models.layers import store
+from kl_reg.slices import write
 
 LENGTH = 10
 START = jnp.array([0, 3, 7])
@@ -160,7 +161,7 @@ def test_members_write_their_caches_in_place():
     """No scatter, for which XLA copies the cache."""
     rng = np.random.default_rng(0)
     kept, new = (jnp.float32(rng.standard_normal((3, 2, slots, 4))) for slots in (5, 1))
-    over = jax.vmap(partial(layers.write, axis=1), (0, 0, None))
+    over = jax.vmap(partial(write, axis=1), (0, 0, None))
     expected = np.array(kept)
     expected[:, :, 3:4] = new
     np.testing.assert_array_equal(over(kept, new, jnp.int32(3)), expected)

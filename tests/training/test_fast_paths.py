@@ -139,8 +139,8 @@ def test_gradients_are_the_same_however_tokens_are_read(case, kind):
     own = case(kind)
     expected = gradient(plain(own.program), own)
     assert own.program.fused and optax.global_norm(expected[0]) > 0.1
-    several = own.program._replace(entries=300 * EPISODES * 3)
-    assert scoring.layout(several, (EPISODES, LENGTH), 300, scoring.PLAIN)[2:] == (4, 3, 1)
+    several = own.program._replace(entries=300 * EPISODES * 4)
+    assert scoring.layout(several, (EPISODES, LENGTH), 300, scoring.PLAIN)[2:4] == (3, 4)
     assert_same_gradient(gradient(several, own, cost=scoring.Cost(group=2)), expected)
     apart = several._replace(loss=untouched)
     assert untouched not in PER_TOKEN and not apart.fused and apart.parallel
