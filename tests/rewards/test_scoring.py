@@ -224,7 +224,8 @@ def test_a_reward_that_is_no_finite_number_names_function_and_sample(bad):
         scores([length_of, strange][1:], [reply("the first"), reply("unscored", scored=False), reply("the second")])
 
 
-@pytest.mark.parametrize("bad", [1.0, "ab", {"a": 1, "b": 2}, None, np.array(1.0), (x for x in (1.0, 2.0))], ids=str)
+@pytest.mark.parametrize("bad", [1.0, "ab", {"a": 1, "b": 2}, None, np.array(1.0), (x for x in (1.0, 2.0))],
+                         ids=lambda bad: type(bad).__name__)
 def test_what_is_no_list_is_refused(bad):
     with pytest.raises(ValueError, match="'lambda' returned .*no list, tuple or array"):
         scores(lambda completions: bad, [reply(), reply()])
