@@ -177,8 +177,8 @@ def opened(run, call, tmp_path, monkeypatch, capsys):
         status, printed = call(f"{run}:{number}", f"--out={out}", *options)
         assert status == 0 and printed.out.endswith(f"head   {out}\ncard   {out}/README.md\n")
         text, code = card_of(out)
+        sys.modules.pop("head_policy", None)        # of another export
         exec(code, scope)
-        del sys.modules["head_policy"]
         assert capsys.readouterr().out.startswith("<|start|>A: hi\nA:")
         assert scope["head_policy"].__file__ == str(out / "head_policy.py")
         return text, scope["policy"]
