@@ -81,8 +81,8 @@ def _most(own, resident, axes):
     """Beside what stays: the rollout's cache, copied weights and logits; the update's gradients and activations."""
     shapes, built = own.shapes, own.program
     vocabulary, item = 4 * shapes.vocab, jax.numpy.dtype(shapes.dtype).itemsize
-    copies = resident.frozen + (resident.params if own.config.policy.kind == "full" else 0.0)
-    rollout = resident.cache + resident.episodes + built.copies * copies + 6 * _rows(own, axes) * vocabulary
+    logits = 6 * _rows(own, axes) * vocabulary
+    rollout = resident.cache + resident.episodes + built.copies * _copies(own, resident) + logits
     read = min(built.entries, _rows(own, axes) * built.env.length * shapes.vocab) * 4 / axes["tensor"]
     tokens = _rows(own, axes) / built.minibatches / built.accumulate * built.env.length
     numbers = shapes.width if own.config.model.remat else 8 * shapes.width + 3 * shapes.mlp_width / axes["tensor"]
@@ -90,10 +90,15 @@ def _most(own, resident, axes):
     return max(rollout, resident.episodes + resident.params + read + activations)
 
 
+def _copies(own, resident):
+    """Of the frozen base, and in its dtype of a trunk that is trained in float32."""
+    trained = resident.params if own.config.policy.kind == "full" else 0.0
+    return resident.frozen + trained * jax.numpy.dtype(own.shapes.dtype).itemsize / 4
+
+
 def _rollout(own, resident, axes, topology):
     chip, shapes, length = topology.accelerator, own.shapes, own.program.env.length
-    trunks = resident.frozen + (resident.params if own.config.policy.kind == "full" else 0.0)
-    gathered = trunks * axes["fsdp"]
+    gathered = _copies(own, resident) * axes["fsdp"]
     memory = length * (gathered + resident.cache / 2)
     payload = _rows(own, axes) * shapes.width * jax.numpy.dtype(shapes.dtype).itemsize
     sums = 2 * shapes.layers * length * _ring(topology, 2 * payload, axes["tensor"] * axes["expert"])
