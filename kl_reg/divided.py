@@ -37,10 +37,10 @@ def constrain_state(state):
         state, specs(state, STATE, mesh, lead=("member",)))
 
 
-def spread() -> int:
-    """Over how many devices the compiler divides the episodes of a member."""
+def spread(axes: tuple[str, ...] = EPISODES) -> int:
+    """Over how many devices the compiler divides what lies along these axes: by default the episodes of a member."""
     mesh = auto_mesh()
-    return 1 if mesh is None else math.prod(mesh.shape[name] for name in EPISODES)
+    return 1 if mesh is None else math.prod(mesh.shape[name] for name in axes)
 
 
 def total(tree, axis: str | None):

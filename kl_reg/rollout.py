@@ -171,14 +171,13 @@ def begin(program, params, memory, frozen: Frozen, caps: Caps, keys: Array, chos
     """Episodes with these keys [m, b] behind the `chosen` openings, nothing drawn yet; `caps` are of each member [m],
     and `group` episodes in a row have the same opening."""
     policy, env, reference = program.writer, program.env, program.reference
-    openings = Openings(jnp.asarray(env.openings.tokens)[chosen], jnp.asarray(env.openings.start)[chosen])
-    read = jax.tree.map(lambda x: x[:, ::group], openings)
-    slots = openings.tokens.shape[-1] + env.length - 1
+    tokens, start = jax.tree.map(jnp.asarray, env.openings)
+    openings, read, slots = Openings(tokens[chosen], start[chosen]), chosen[:, ::group], tokens.shape[1] + env.length - 1
     caps = jax.tree.map(lambda x: jnp.broadcast_to(x[:, None], keys.shape), caps)
     env_state = jax.tree.map(lambda x: jnp.broadcast_to(x, (*keys.shape, *x.shape)), env.reset())
-    state = policy.prefill(params, frozen.base, read.tokens[..., :-1], read.start, slots, group)
-    ref_state = reference.prefill(memory, frozen, read.tokens, read.start, slots, group)
-    student = program.student.prefill(frozen.student, read.tokens[..., :-1], read.start, slots, group)
+    state = policy.prefill(params, frozen.base, tokens[:, :-1], start, read, slots, group)
+    ref_state = reference.prefill(memory, frozen, tokens, start, read, slots, group)
+    student = program.student.prefill(frozen.student, tokens[:, :-1], start, read, slots, group)
     nothing = jnp.zeros(keys.shape, bool)
     carry = Carry(openings.tokens[..., -1], nothing, nothing, budget.open_ledger(keys.shape), env_state, state,
                   ref_state, student)

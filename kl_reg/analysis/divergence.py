@@ -149,8 +149,8 @@ def inputs(program, writer, transcript, width):
         now = reference.read(writer.memory, writer.frozen, features, own, situation, reading)
         return reference.observe(state, lift(now), following[None]), own
 
-    opening = transcript.tokens[None, :, :width]
-    state = reference.prefill(memory, writer.frozen, opening, start, width + length - 1)
+    state = reference.prefill(memory, writer.frozen, transcript.tokens[:, :width], transcript.start,
+                              jnp.arange(rows)[None], width + length - 1)
     xs = (width - 1 + jnp.arange(length), transcript.tokens[:, width - 1:-1].T, transcript.tokens[:, width:].T,
           jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), features))
     _, seen = jax.lax.scan(position, state, xs)

@@ -224,8 +224,8 @@ def in_place_of_agent(config: decoder.DecoderConfig, other: decoder.DecoderConfi
     flat = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
     single = lambda params: jax.tree.map(lambda x: x[0], params)  # noqa: E731
 
-    def prefill(params, base, tokens, start, slots, group=1):
-        return tuple(decoder.prefill(c, p, flat(tokens), flat(start), slots, group=group)[1]
+    def prefill(params, base, tokens, start, chosen, slots, group=1):
+        return tuple(decoder.prefill(c, p, tokens, start, slots, group=group, chosen=flat(chosen))[1]
                      for c, p in ((config, base), (other, single(params))))
 
     def decode(params, base, token, start, index, state):

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from kl_reg.divided import constrain
+from kl_reg.divided import constrain, spread
 from kl_reg.models.block import REMATS, Block, DecoderConfig
 from kl_reg.models.layers import Norm, Source, Stored, attend, attend_fused, rotate, store
 from kl_reg.parallel import ROWS
@@ -153,15 +153,30 @@ class LayerCache(NamedTuple):
 
 
 def prefill(config: DecoderConfig, params: dict, tokens: Int[Array, "b t"], start: Int[Array, " b"], slots: int,
-            features: int = 0, adapter: dict | None = None, group: int = 1, axes: tuple = ROWS
-            ) -> tuple[Hidden, tuple[LayerCache, ...]]:
+            features: int = 0, adapter: dict | None = None, group: int = 1, axes: tuple = ROWS,
+            chosen: Int[Array, " r"] | None = None) -> tuple[Hidden, tuple[LayerCache, ...]]:
     """`forward`, and a cache of `slots` slots for `group` rows behind each of the prompts, its first t slots filled;
-    rows lie on these axes of the mesh, heads on "tensor"."""
+    rows lie on these axes of the mesh, heads on "tensor".
+
+    Args:
+        chosen: the prompts are these rows of `tokens` and `start`, of an adapter's members one after the other; where
+            there are more of them than rows, each row is read once. None: all rows.
+    """
+    again = None
+    if chosen is not None:
+        members = jax.tree.leaves(adapter)[0].shape[1] if adapter else 1
+        if len(tokens) * spread(axes) < len(chosen) // members:
+            first = jnp.repeat(jnp.arange(members) * len(tokens), len(chosen) // members)
+            tokens, start, again = jnp.tile(tokens, (members, 1)), jnp.tile(start, members), first + chosen
+        else:
+            tokens, start = tokens[chosen], start[chosen]
     (hidden,), kept = _scan(config, params, (_Section(tokens, start, 0),), features, adapter, keep=True)
-    rows, empty = len(tokens) * group, (config.kv_heads, slots - tokens.shape[1], config.head_width)
+    prompts = lambda x: x if again is None else x[again]  # noqa: E731
+    hidden = jax.tree.map(prompts, hidden)
+    rows, empty = len(hidden.last) * group, (config.kv_heads, slots - tokens.shape[1], config.head_width)
 
     def layer(i):
-        prompt = [store(x[i], config.cache) for x in kept]
+        prompt = [store(prompts(x[i]), config.cache) for x in kept]
         own = (store(jnp.zeros((rows, *empty), config.dtype), config.cache) for _ in prompt)
         return constrain(LayerCache(*prompt, *own), axes, "tensor")
 

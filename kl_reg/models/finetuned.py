@@ -26,7 +26,7 @@ class Finetuned(NamedTuple):
     members'; the policy's parameters hold them as `name`.
 
     init(key, base) -> own.
-    prefill(own m, base, tokens [m, g, t], start [m, g], slots, group) -> cache.
+    prefill(own m, base, tokens [n, t], start [n], chosen [m, g], slots, group) -> cache.
     decode(own m, base, token [m, b], start, index, cache) -> (final hidden states [m, b, d], cache).
     forward(own, base, tokens [b, t], start [b], group, shared) -> final hidden states [b, t, d].
     apart(own m) -> own for many calls of `decode` (`decoder.apart`).
@@ -51,8 +51,8 @@ def beside_base(config, settings, model: Finetuned) -> Policy:
         x = jnp.zeros(config.width + 3)
         return {model.name: model.init(jax.random.fold_in(key, 1), base), "scalars": scalars.init(key, x)["params"]}
 
-    def prefill_alone(params, base, tokens, start, slots, group=1):
-        return model.prefill(params[model.name], base, tokens, start, slots, group)
+    def prefill_alone(params, base, tokens, start, chosen, slots, group=1):
+        return model.prefill(params[model.name], base, tokens, start, chosen, slots, group)
 
     def decode_alone(params, base, token, start, index, state):
         return model.decode(params[model.name], base, token, start, index, state)
@@ -67,9 +67,9 @@ def beside_base(config, settings, model: Finetuned) -> Policy:
         hidden = decoder.forward(config, base, tokens[:, :-1], start, group=group, shared=shared).last
         return TwinFeatures(before(hidden, flat(slot)).reshape(features.shape), features)
 
-    def prefill(params, base, tokens, start, slots, group=1):
-        own = prefill_alone(params, base, tokens, start, slots, group)
-        return own, decoder.prefill(config, base, flat(tokens), flat(start), slots, group=group)[1]
+    def prefill(params, base, tokens, start, chosen, slots, group=1):
+        own = prefill_alone(params, base, tokens, start, chosen, slots, group)
+        return own, decoder.prefill(config, base, tokens, start, slots, group=group, chosen=flat(chosen))[1]
 
     def decode(params, base, token, start, index, state):
         own, own_cache = decode_alone(params, base, token, start, index, state[0])
@@ -126,10 +126,11 @@ def full(config: decoder.DecoderConfig, settings) -> Policy:
     def apart(own):
         return jax.vmap(decoder.apart)(jax.tree_util.tree_map_with_path(narrow, own))
 
-    def prefill(own, base, tokens, start, slots, group):
+    def prefill(own, base, tokens, start, chosen, slots, group):
         del base
-        one = lambda p, t, s: decoder.prefill(config, p, t, s, slots, group=group, axes=EPISODES)[1]  # noqa: E731
-        return jax.vmap(one)(own, tokens, start)
+        one = lambda p, c: decoder.prefill(config, p, tokens, start, slots, group=group, axes=EPISODES,  # noqa: E731
+                                           chosen=c)[1]
+        return jax.vmap(one)(own, chosen)
 
     def decode(own, base, token, start, index, cache):
         del base

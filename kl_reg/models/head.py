@@ -23,9 +23,9 @@ def head(config: decoder.DecoderConfig, settings) -> Policy:
         keys = jax.random.split(key)
         return {"actor": actor.init(keys[0], x)["params"], "scalars": scalars.init(keys[1], x)["params"]}
 
-    def prefill(params, base, tokens, start, slots, group=1):
+    def prefill(params, base, tokens, start, chosen, slots, group=1):
         del params
-        return decoder.prefill(config, base, flat(tokens), flat(start), slots, group=group)[1]
+        return decoder.prefill(config, base, tokens, start, slots, group=group, chosen=flat(chosen))[1]
 
     def decode(params, base, token, start, index, state):
         del params

@@ -71,9 +71,9 @@ def lora(config: decoder.DecoderConfig, settings) -> Policy:
         return {name: {"a": place(low["a"]), "b": settings.alpha / rank * place(low["b"])}
                 for name, low in own.items()}
 
-    def prefill(own, base, tokens, start, slots, group):
+    def prefill(own, base, tokens, start, chosen, slots, group):
         adapter = scaled(own, True)
-        return decoder.prefill(config, base, flat(tokens), flat(start), slots, adapter=adapter, group=group)[1]
+        return decoder.prefill(config, base, tokens, start, slots, adapter=adapter, group=group, chosen=flat(chosen))[1]
 
     def decode(own, base, token, start, index, cache):
         adapter = scaled(own, True)

@@ -40,8 +40,8 @@ class Reference(NamedTuple):
     """Pure functions; all but `prefill`, `decode` and `observe` are of one member.
 
     init(params) -> memory; update(memory, params, iteration) -> memory.
-    prefill(memory, frozen, opening [m, g, p], start [m, g], slots, group) -> state of `group` episodes behind each
-        opening, whose last token is not yet decoded.
+    prefill(memory, frozen, tokens [n, p], start [n], chosen [m, g], slots, group) -> state of `group` episodes behind
+        each of the chosen openings, whose last token is not yet decoded.
     decode(memory, frozen, token [m, b], start, index, state) -> (features [m, b, ...], state).
     apart(memory, frozen.reference) -> the same as `decode` reads them the fastest.
     observe(state, measure, token [m, b]) -> state, with what the token says of the models.
@@ -92,8 +92,8 @@ def _follower(policy, sampling, init, update) -> Reference:
     """
     free = lambda situation: situation._replace(remaining=jnp.full_like(situation.remaining, jnp.inf))  # noqa: E731
 
-    def prefill(memory, frozen, opening, start, slots, group=1):
-        return () if policy.shared else policy.prefill(memory, frozen.base, opening[..., :-1], start, slots, group)
+    def prefill(memory, frozen, tokens, start, chosen, slots, group=1):
+        return () if policy.shared else policy.prefill(memory, frozen.base, tokens[:, :-1], start, chosen, slots, group)
 
     def decode(memory, frozen, token, start, index, state):
         return ((), ()) if policy.shared else policy.decode(memory, frozen.base, token, start, index, state)
@@ -176,10 +176,11 @@ def _models(settings, policy, sampling, proper, combine) -> Reference:
             update = jax.vmap(update)
         return update(log_weights, likelihood)
 
-    def prefill(memory, frozen, opening, start, slots, group=1):
-        run = over_models(lambda params: decoder.prefill(config, params, flat(opening[..., :-1]), flat(start), slots,
-                                                         group=group))
+    def prefill(memory, frozen, tokens, start, chosen, slots, group=1):
+        run = over_models(lambda params: decoder.prefill(config, params, tokens[:, :-1], start, slots, group=group,
+                                                         chosen=flat(chosen)))
         hidden, caches = run(frozen.reference)
+        opening, start = tokens[chosen], start[chosen]
 
         def position(log_weights, xs):
             """What the opening's next token says of the models."""

@@ -11,7 +11,8 @@ from kl_reg.models.policy import Reading
 class Student(NamedTuple):
     """Pure functions over [m, b] episodes; `params` are its own, () for the base model.
 
-    prefill(params, tokens [m, g, t], start [m, g], slots, group) -> state: the cache of `group` episodes behind each.
+    prefill(params, tokens [n, t], start [n], chosen [m, g], slots, group) -> state: the cache of `group` episodes behind
+        each of the chosen openings.
     decode(params, token [m, b], start, index, state) -> (hidden states, state).
     apart(params) -> params as `decode` reads them the fastest.
     is_base: whether it is the base model.
@@ -37,8 +38,8 @@ def other(config: decoder.DecoderConfig) -> Student:
     """Another model, with a forward pass of its own."""
     flat = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
 
-    def prefill(params, tokens, start, slots, group=1):
-        return decoder.prefill(config, params, flat(tokens), flat(start), slots, group=group)[1]
+    def prefill(params, tokens, start, chosen, slots, group=1):
+        return decoder.prefill(config, params, tokens, start, slots, group=group, chosen=flat(chosen))[1]
 
     def decode(params, token, start, index, cache):
         hidden, cache = decoder.decode(config, params, flat(token), flat(start), index, cache)

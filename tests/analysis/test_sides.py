@@ -23,7 +23,7 @@ def test_another_model_in_place_of_the_agent_leaves_the_base_to_the_student(tiny
                                    max_position=64)
     params = decoder.init(shapes, jax.random.key(1))
     policy = sides.in_place_of_agent(tiny_shapes, shapes)
-    prefill, decode, reread = jax.jit(policy.prefill, static_argnums=4), jax.jit(policy.decode), jax.jit(policy.reread)
+    prefill, decode, reread = jax.jit(policy.prefill, static_argnums=5), jax.jit(policy.decode), jax.jit(policy.reread)
     forward = jax.jit(decoder.forward, static_argnums=0)
     tokens, start = jax.random.randint(jax.random.key(2), (2, 6), 0, 300), jnp.array([0, 2])
 
@@ -38,7 +38,7 @@ def test_another_model_in_place_of_the_agent_leaves_the_base_to_the_student(tiny
     np.testing.assert_allclose(reading.base_logits, base[:, 2:5], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(reading.base_logits + reading.gap, own[:, 2:5], rtol=1e-4, atol=1e-5)
     lifted = jax.tree.map(lambda x: x[None], params)
-    state = prefill(lifted, tiny_params, tokens[None, :, :3], start[None], 6)
+    state = prefill(lifted, tiny_params, tokens[:, :3], start, jnp.arange(2)[None], 6)
     features, _ = decode(lifted, tiny_params, tokens[None, :, 3], start[None], jnp.int32(3), state)
     reading = policy.read(params, tiny_params, jax.tree.map(lambda x: x[0], features), nothing)
     np.testing.assert_allclose(reading.base_logits, base[:, 3], rtol=1e-4, atol=1e-5)

@@ -157,6 +157,26 @@ def test_rows_with_the_same_prompt_read_it_once(model, tokens, group):
         np.testing.assert_allclose(first.last[row // group, begin:], whole.last[row, begin:4], atol=1e-4)
 
 
+@pytest.mark.parametrize("members", [0, MEMBERS], ids=["one model", "an adapter of two members"])
+def test_a_prompt_that_is_chosen_again_is_read_once(tiny_shapes, tiny_params, tokens, members):
+    """Two prompts, of which each member has three, beside the same prompts row by row."""
+    rng, adapter = np.random.default_rng(3), None
+    if members:
+        adapter = {"down": {part: 0.2 * rng.standard_normal((tiny_shapes.layers, members, *shape)).astype(np.float32)
+                            for part, shape in (("a", (32, RANK)), ("b", (RANK, 16)))}}
+    prompts, start, chosen = tokens[:2], START[:2], jnp.array([1, 0, 1, 0, 0, 1])
+
+    def read(tokens, start, chosen):
+        return decoder.prefill(tiny_shapes, tiny_params, tokens, start, LENGTH + 2, 2, adapter, 2, chosen=chosen)
+
+    once, each = jax.jit(read), jax.jit(partial(read, chosen=None))
+    got, expected = once(prompts, start, chosen), each(prompts[chosen], start[chosen])
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), got, expected)
+    work = [run.lower(*args).cost_analysis()["flops"] for run, args in (
+        (once, (prompts, start, chosen)), (each, (prompts[chosen], start[chosen])))]
+    assert work[0] < 0.8 * work[1]
+
+
 def test_members_write_their_caches_in_place():
     """No scatter, for which XLA copies the cache."""
     rng = np.random.default_rng(0)

@@ -35,7 +35,12 @@ class Case(NamedTuple):
 
 def plain(program):
     """The program without its short cuts."""
-    return program._replace(policy=program.policy._replace(factored=None, alone=None), copies=False)
+    def each(params, base, tokens, start, chosen, slots, group):
+        rows = jnp.repeat(chosen, group, axis=1)
+        own = jnp.arange(rows.size).reshape(rows.shape)
+        return program.policy.prefill(params, base, tokens[rows.ravel()], start[rows.ravel()], own, slots)
+
+    return program._replace(policy=program.policy._replace(prefill=each, factored=None, alone=None), copies=False)
 
 
 def sample(program, case, group=2):
