@@ -144,9 +144,15 @@ def targets(program, episodes: Episodes, rewards: Float[Array, "b k"], coef: Flo
 
 
 def safe_norm(tree) -> Float[Array, ""]:
-    """The global norm; where squares would overflow (k3 at 80 nats has gradients of 1e34) it is scaled first."""
-    largest = jnp.maximum(jnp.stack([jnp.abs(x).max() for x in jax.tree.leaves(tree)]).max(), 1e-30)
-    return largest * optax.global_norm(jax.tree.map(lambda x: x / largest, tree))
+    """The global norm; where squares overflow (k3 at 80 nats has gradients of 1e34), of numbers that are scaled before.
+    """
+    def again(state):
+        scale = 2.0**-100
+        return optax.global_norm(jax.tree.map(lambda x: x * scale, tree)) / scale, jnp.bool_(True)
+
+    # A loop of at most one turn: a condition would be a selection under `vmap`, and read everything twice.
+    return jax.lax.while_loop(lambda state: ~jnp.isfinite(state[0]) & ~state[1], again,
+                              (optax.global_norm(tree), jnp.bool_(False)))[0]
 
 
 def gradient(program, params, memory, frozen: Frozen, episodes: Episodes, targets, hyper: Hyper, longest, cost: Cost):
