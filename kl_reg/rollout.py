@@ -19,6 +19,7 @@ from kl_reg.divided import constrain
 from kl_reg.kl import budget
 from kl_reg.kl.budget import Caps
 from kl_reg.kl.exact import TokenTerms
+from kl_reg.mapped import over_members
 from kl_reg.models import decoder
 from kl_reg.models.actor import Situation
 from kl_reg.parallel import EPISODES
@@ -137,17 +138,22 @@ def _until_over(program, fixed, carry):
     steps = constrain(steps, None, "member", EPISODES)
     steps = steps._replace(role=steps.role + PAD, turn=steps.turn - 1)
 
+    # Carried without dimensions of size 1: a KV cache that the loop has with them and attention without is copied.
+    bare, whole = partial(jax.tree.map, jnp.squeeze), partial(jax.tree.map, lambda x, y: y.reshape(x.shape), carry)
+
     def unfinished(state):
         position, carry, _ = state
+        carry = whole(carry)
         role, _ = _twice(program.env.turn)(carry.env)
         return (position < program.env.length) & ~(carry.over | (role == PAD)).all()
 
     def write(state):
         position, carry, steps = state
-        carry, new = step(program, fixed, carry, position)
-        return position + 1, carry, jax.tree.map(lambda x, y: x.at[position].set(y), steps, new)
+        carry, new = step(program, fixed, whole(carry), position)
+        return position + 1, bare(carry), jax.tree.map(lambda x, y: x.at[position].set(y), steps, new)
 
-    return jax.lax.while_loop(unfinished, write, (jnp.int32(0), carry, steps))[1:]
+    _, carry, steps = jax.lax.while_loop(unfinished, write, (jnp.int32(0), bare(carry), steps))
+    return whole(carry), steps
 
 
 def episode_keys(keys: Array, first: Int[Array, " m"], count: int, group: int = 1) -> Array:
@@ -172,7 +178,8 @@ def begin(program, params, memory, frozen: Frozen, caps: Caps, keys: Array, chos
     and `group` episodes in a row have the same opening."""
     policy, env, reference = program.writer, program.env, program.reference
     tokens, start = jax.tree.map(jnp.asarray, env.openings)
-    openings, read, slots = Openings(tokens[chosen], start[chosen]), chosen[:, ::group], tokens.shape[1] + env.length - 1
+    openings, read = Openings(tokens[chosen], start[chosen]), chosen[:, ::group]
+    slots = tokens.shape[1] + env.length - 1
     caps = jax.tree.map(lambda x: jnp.broadcast_to(x[:, None], keys.shape), caps)
     env_state = jax.tree.map(lambda x: jnp.broadcast_to(x, (*keys.shape, *x.shape)), env.reset())
     state = policy.prefill(params, frozen.base, tokens[:, :-1], start, read, slots, group)
@@ -213,8 +220,8 @@ def step(program, fixed: Fixed, carry: Carry, position: Int[Array, ""], said: In
     left = budget.left(fixed.caps, ledger, program.carry)
     situation = Situation(left, budget.part_left(fixed.caps, ledger, left),
                           jnp.full(left.shape, position / env.length))
-    reading = jax.vmap(policy.read, (0, None, 0, 0))(fixed.params, frozen.base, features, situation)
-    read = jax.vmap(reference.read, (0, None, 0, 0, 0, 0))
+    reading = over_members(policy.read, (0, None, 0, 0))(fixed.params, frozen.base, features, situation)
+    read = over_members(reference.read, (0, None, 0, 0, 0, 0))
     measure = read(fixed.memory, frozen, features, seen, situation, reading)
     if program.constrained and not reference.proper:
         asks = agent & (left < measure.floor)
@@ -239,7 +246,7 @@ def _step_alone(program, fixed, carry, position, features, state):
     over = carry.over | (role == PAD)
     role, zero = jnp.where(over, PAD, role), jnp.zeros(over.shape)
     situation = Situation(zero + jnp.inf, zero, jnp.full(over.shape, position / program.env.length))
-    logits = jax.vmap(program.policy.alone.logits, (0, None, 0, 0, 0))(
+    logits = over_members(program.policy.alone.logits, (0, None, 0, 0, 0))(
         fixed.params, fixed.frozen.base, features, situation, role == AGENT) / program.sampling.temperature
 
     def draw(logits, key):
@@ -254,7 +261,7 @@ def _step_alone(program, fixed, carry, position, features, state):
 
 def _twice(function: Callable) -> Callable:
     """Over members and episodes."""
-    return jax.vmap(jax.vmap(function))
+    return over_members(jax.vmap(function))
 
 
 def _draw(program, position, reading, student, measure, left, role, key):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from kl_reg.mapped import over_members
 from kl_reg.models import decoder
 from kl_reg.models.actor import Scalars, Situation
 from kl_reg.models.policy import Alone, Factored, Policy, Reading, States, before, flat
@@ -124,17 +125,17 @@ def full(config: decoder.DecoderConfig, settings) -> Policy:
         return x if any("norm" in str(key) for key in path) else x.astype(config.dtype)
 
     def apart(own):
-        return jax.vmap(decoder.apart)(jax.tree_util.tree_map_with_path(narrow, own))
+        return over_members(decoder.apart)(jax.tree_util.tree_map_with_path(narrow, own))
 
     def prefill(own, base, tokens, start, chosen, slots, group):
         del base
         one = lambda p, c: decoder.prefill(config, p, tokens, start, slots, group=group, axes=EPISODES,  # noqa: E731
                                            chosen=c)[1]
-        return jax.vmap(one)(own, chosen)
+        return over_members(one)(own, chosen)
 
     def decode(own, base, token, start, index, cache):
         del base
-        step = jax.vmap(lambda p, t, s, cache: decoder.decode(config, p, t, s, index, cache))
+        step = over_members(lambda p, t, s, cache: decoder.decode(config, p, t, s, index, cache))
         hidden, cache = step(own, token, start, cache)
         return hidden.last, cache
 

@@ -67,8 +67,8 @@ class Policy(NamedTuple):
     """Pure functions of (params, base, ...); `base` holds the frozen base parameters.
 
     init(key, base) -> params of one member.
-    prefill(params, base, tokens [n, t], start [n], chosen [m, g], slots, group) -> state: the caches of `group` episodes
-        behind each of the chosen openings, of n that there are.
+    prefill(params, base, tokens [n, t], start [n], chosen [m, g], slots, group) -> state: the caches of `group`
+        episodes behind each of the chosen openings, of n that there are.
     decode(params, base, token [m, b], start, index, state) -> (features, state).
     refresh(params, base, episodes, group) -> features [b, k, ...], those parts recomputed that depend on params;
         `group` episodes in a row have the same opening.

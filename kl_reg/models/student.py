@@ -11,8 +11,8 @@ from kl_reg.models.policy import Reading
 class Student(NamedTuple):
     """Pure functions over [m, b] episodes; `params` are its own, () for the base model.
 
-    prefill(params, tokens [n, t], start [n], chosen [m, g], slots, group) -> state: the cache of `group` episodes behind
-        each of the chosen openings.
+    prefill(params, tokens [n, t], start [n], chosen [m, g], slots, group) -> state: the cache of `group` episodes
+        behind each of the chosen openings.
     decode(params, token [m, b], start, index, state) -> (hidden states, state).
     apart(params) -> params as `decode` reads them the fastest.
     is_base: whether it is the base model.

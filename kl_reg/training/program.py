@@ -20,6 +20,7 @@ from kl_reg.envs.environment import Environment
 from kl_reg.identity import name_of
 from kl_reg.kl import controllers, estimators
 from kl_reg.losses import reductions
+from kl_reg.mapped import over_members
 from kl_reg.models import folders, policies, policy, reference, student, tokenizer, weights
 from kl_reg.training import scoring, step
 from kl_reg.types import Episodes, Frozen, Hyper, Sampling, TrainState
@@ -269,7 +270,7 @@ def _functions(program: Program) -> Compiled:
         episodes = complete(state.params, frozen, episodes, program.group, not program.once)
         longest = episodes.mask.sum(-1).max()
         one = partial(step.update, program, members=len(state.seed))
-        state, *said, episodes = jax.vmap(one, in_axes=(0, 0, None, 0, 0, None))(
+        state, *said, episodes = over_members(one, (0, 0, None, 0, 0, None))(
             state, hyper, frozen, episodes, rewards, longest)
         return divided.constrain_state(state), *said, episodes._replace(features=(), reference=(), kept=None)
 

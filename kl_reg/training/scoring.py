@@ -16,6 +16,7 @@ from kl_reg.kl import budget
 from kl_reg.kl.budget import Caps
 from kl_reg.kl.chunked import chunked_loss, chunked_terms
 from kl_reg.kl.exact import TokenTerms
+from kl_reg.mapped import over_members
 from kl_reg.models.actor import Situation
 from kl_reg.models.decoder import unembedding
 from kl_reg.models.policy import States
@@ -147,11 +148,11 @@ def complete(program, params, frozen: Frozen, episodes: Episodes, cost: Cost, te
     features = program.policy.alone.complete(frozen.base, episodes.features, transcript, episodes.slot, cost.group)
     episodes = episodes._replace(features=features)
     if not terms:
-        own = jax.vmap(lambda params, episodes: states(program, params, frozen, episodes))(params, episodes)
+        own = over_members(lambda params, episodes: states(program, params, frozen, episodes))(params, episodes)
         return episodes._replace(value=jnp.where(mask, own.value, 0.0))
     read = lambda params, episodes: read_at_once(  # noqa: E731
         program, params, frozen, episodes, mask.sum(-1).max(), cost)
-    return with_scores(program, episodes, jax.vmap(read)(params, episodes))
+    return with_scores(program, episodes, over_members(read)(params, episodes))
 
 
 def with_scores(program, episodes: Episodes, scores: Scores) -> Episodes:

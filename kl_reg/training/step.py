@@ -147,10 +147,10 @@ def safe_norm(tree) -> Float[Array, ""]:
     """The global norm; where squares overflow (k3 at 80 nats has gradients of 1e34), of numbers that are scaled before.
     """
     def again(state):
-        scale = 2.0**-100
-        return optax.global_norm(jax.tree.map(lambda x: x * scale, tree)) / scale, jnp.bool_(True)
+        largest = jnp.stack([jnp.abs(x).max() for x in jax.tree.leaves(tree)]).max()
+        return largest * optax.global_norm(jax.tree.map(lambda x: x / largest, tree)), jnp.bool_(True)
 
-    # A loop of at most one turn: a condition would be a selection under `vmap`, and read everything twice.
+    # A loop of at most one turn: a condition would be a selection under `vmap`, and read everything three times.
     return jax.lax.while_loop(lambda state: ~jnp.isfinite(state[0]) & ~state[1], again,
                               (optax.global_norm(tree), jnp.bool_(False)))[0]
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 import transformers
 
+from kl_reg.mapped import write
 from kl_reg.models import decoder, weights
 from kl_reg.models.layers import store
-from kl_reg.slices import write
 
 LENGTH = 10
 START = jnp.array([0, 3, 7])

@@ -3,6 +3,7 @@ opening, base and policy side by side, one position after the other, one batch, 
 """
 import dataclasses
 import functools
+import re
 from typing import NamedTuple
 
 import jax
@@ -94,6 +95,19 @@ def test_episodes_are_the_same_however_they_are_sampled(case, kind):
     assert own.program.deferred and own.program.copies and not plain(own.program).deferred
     assert np.abs(own.episodes.kl).max() > 0.01 and len(np.unique(own.episodes.mask.sum(-1))) > 1
     assert_same_record(sample(own.program, own), own.episodes)
+
+
+@pytest.mark.parametrize("kind, members", [("full", 1), ("full", 2), ("lora", 2)])
+def test_the_loop_copies_no_cache(case, tiny_folder, kind, members):
+    """In the compiled program, whose loops stand before its entry."""
+    own, shapes = case(kind), weights.load_config(str(tiny_folder))
+    first = lambda tree: jax.tree.map(lambda x: x[:members], tree)  # noqa: E731
+    keys = rollout.member_keys(jnp.arange(members), jnp.zeros(members, jnp.int32))
+    draw, begin = programs.compile_program(own.program).draw, jnp.zeros(members, jnp.int32)
+    text = draw.lower(first(own.params), (), first(own.hyper), own.frozen, keys, begin, 2).compile().as_text()
+    place = text.index("ENTRY")
+    cached = re.compile(rf"= f32\[[\d,]*\b{LENGTH},{shapes.head_width}\]\S* (copy|dynamic-update-slice)\(")
+    assert cached.findall(text[:place]) == ["dynamic-update-slice"] * 2 * 2         # keys and values of two layers
 
 
 @pytest.mark.parametrize("kind", ["head", "full"])
