@@ -44,8 +44,9 @@ OF_ROOFLINE = 0.6
 
 
 def ours(settings: dict, policy: str, dtype: str, shared: bool) -> Callable[[], Step]:
-    """kl_reg's sampler: a function that samples all sequences."""
-    given = settings if shared else settings | {"group": 1}
+    """kl_reg's sampler: a function that samples all sequences. Prompts that are not shared are as many as sequences,
+    so that none is read once for several."""
+    given = settings if shared else settings | {"group": 1, "prompts": settings["prompts"] * settings["group"]}
     own = trainer.Trainer(trainer.experiment(given, policy__kind=policy, model__dtype=dtype,
                                              rl__algorithm="reinforce"), settings["vocabulary"])
 
