@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Shaped
 
+from kl_reg.divided import auto_mesh
+
 
 def take(x: Shaped[Array, ...], index: Int[Array, ""], size: int, axis: int) -> Shaped[Array, ...]:
     """`size` entries of x from `index` on along `axis`."""
@@ -32,21 +34,6 @@ def write(kept: Shaped[Array, ...], new: Shaped[Array, ...], index: Int[Array, "
     return _mapped(at, axis)(kept, new, index)
 
 
-def over_members(function: Callable, axes: Sequence[int | None] | None = None) -> Callable:
-    """`jax.vmap(function, axes)` without keywords, `axes` of 0 and None; where there is one member alone its dimension
-    is left out. With it some of XLA's reductions take ten times as long on a CPU."""
-    def over(*args):
-        own = (0,) * len(args) if axes is None else axes
-        mapped = [x for arg, axis in zip(args, own, strict=True) if axis == 0 for x in jax.tree.leaves(arg)]
-        if any(len(x) > 1 for x in mapped):
-            return jax.vmap(function, own)(*args)
-        single = [arg if axis is None else jax.tree.map(lambda x: jnp.squeeze(x, 0), arg)
-                  for arg, axis in zip(args, own, strict=True)]
-        return jax.tree.map(lambda x: jnp.expand_dims(x, 0), function(*single))
-
-    return over
-
-
 def _mapped(at: Callable, axis: int) -> Callable:
     """at(axis), whose `vmap` is at(axis + 1)."""
     function = jax.custom_batching.custom_vmap(at(axis))
@@ -61,3 +48,19 @@ def _mapped(at: Callable, axis: int) -> Callable:
         return _mapped(at, axis + 1)(*arrays, index), True
 
     return function
+
+
+def over_members(function: Callable, axes: Sequence[int | None] | None = None) -> Callable:
+    """`jax.vmap(function, axes)` without keywords, `axes` of 0 and None. One member alone on one device has no
+    dimension of its own inside: with it some of XLA's reductions take ten times as long on a CPU. Over several devices
+    it has: without it the compiler gathers the unembedding for each token of a ledger, and not the token's logits."""
+    def over(*args):
+        own = (0,) * len(args) if axes is None else axes
+        mapped = [x for arg, axis in zip(args, own, strict=True) if axis == 0 for x in jax.tree.leaves(arg)]
+        if auto_mesh() is not None or any(len(x) > 1 for x in mapped):
+            return jax.vmap(function, own)(*args)
+        single = [arg if axis is None else jax.tree.map(lambda x: jnp.squeeze(x, 0), arg)
+                  for arg, axis in zip(args, own, strict=True)]
+        return jax.tree.map(lambda x: jnp.expand_dims(x, 0), function(*single))
+
+    return over

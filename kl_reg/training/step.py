@@ -144,14 +144,14 @@ def targets(program, episodes: Episodes, rewards: Float[Array, "b k"], coef: Flo
 
 
 def safe_norm(tree) -> Float[Array, ""]:
-    """The global norm; where squares overflow (k3 at 80 nats has gradients of 1e34), of numbers that are scaled before.
-    """
+    """The global norm, of numbers that are scaled first where their squares overflow (k3 at 80 nats has gradients of
+    1e34) or vanish."""
     def again(state):
-        largest = jnp.stack([jnp.abs(x).max() for x in jax.tree.leaves(tree)]).max()
+        largest = jnp.maximum(jnp.stack([jnp.abs(x).max() for x in jax.tree.leaves(tree)]).max(), 1e-30)
         return largest * optax.global_norm(jax.tree.map(lambda x: x / largest, tree)), jnp.bool_(True)
 
     # A loop of at most one turn: a condition would be a selection under `vmap`, and read everything three times.
-    return jax.lax.while_loop(lambda state: ~jnp.isfinite(state[0]) & ~state[1], again,
+    return jax.lax.while_loop(lambda state: ~((state[0] > 1e-15) & jnp.isfinite(state[0])) & ~state[1], again,
                               (optax.global_norm(tree), jnp.bool_(False)))[0]
 
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 import transformers
 
-from kl_reg.mapped import write
 from kl_reg.models import decoder, weights
 from kl_reg.models.layers import store
 
@@ -175,17 +174,6 @@ def test_a_prompt_that_is_chosen_again_is_read_once(tiny_shapes, tiny_params, to
     work = [run.lower(*args).cost_analysis()["flops"] for run, args in (
         (once, (prompts, start, chosen)), (each, (prompts[chosen], start[chosen])))]
     assert work[0] < 0.8 * work[1]
-
-
-def test_members_write_their_caches_in_place():
-    """No scatter, for which XLA copies the cache."""
-    rng = np.random.default_rng(0)
-    kept, new = (jnp.float32(rng.standard_normal((3, 2, slots, 4))) for slots in (5, 1))
-    over = jax.vmap(partial(write, axis=1), (0, 0, None))
-    expected = np.array(kept)
-    expected[:, :, 3:4] = new
-    np.testing.assert_array_equal(over(kept, new, jnp.int32(3)), expected)
-    assert "scatter" not in str(jax.make_jaxpr(over)(kept, new, jnp.int32(3)))
 
 
 @pytest.mark.parametrize("cache_dtype, part", [("", 1e-5), ("bfloat16", 0.02), ("int8", 0.04)])

@@ -367,13 +367,13 @@ def test_explained_variance_by_hand():
     np.testing.assert_allclose(step._explained(returns, returns, mask), 1.0)
 
 
-def test_the_norm_of_enormous_gradients_is_finite():
+def test_the_norm_of_enormous_and_of_tiny_gradients():
     """As k3 has them at 80 nats, whose squares are no float32."""
     tree = {"a": jnp.array([3e34, 0.0]), "b": jnp.array(-4e34)}
     for norm in (step.safe_norm, jax.jit(step.safe_norm)):
         np.testing.assert_allclose(norm(tree), 5e34, rtol=1e-6)
-    several = jax.tree.map(lambda x: jnp.stack([x, x / 1e34, x * jnp.nan]), tree)
-    np.testing.assert_allclose(jax.vmap(step.safe_norm)(several), [5e34, 5.0, np.nan], rtol=1e-6)
+    several = jax.tree.map(lambda x: jnp.stack([x, x / 1e34, x * jnp.nan, x / 1e34 * 1e-24]), tree)
+    np.testing.assert_allclose(jax.vmap(step.safe_norm)(several), [5e34, 5.0, np.nan, 5e-24], rtol=1e-6)
     assert step.safe_norm({"a": jnp.zeros(3)}) == 0.0
 
 
