@@ -69,7 +69,7 @@ def test_operations_of_a_rollout_by_hand(config, bare, tmp_path):
     """Of each of 12 tokens of 4 episodes of 2 members, in 2 layers: query, key, value and out; a router and two experts
     of three matrices; scores and weighted values of 6 read and 12 new slots. Then logits of base and change together;
     the actor, and value and budget neuron of as many hidden units; two rotary angles. The opening's 6 tokens are read
-    once for each member."""
+    once for both members."""
     config.model.path, config.env.opening_tokens, config.sweep = str(bare), 7, config.sweep[:1]
     (tmp_path / "scratch").mkdir()
     own = abstract.programs(config, tmp_path / "scratch")[0]
@@ -77,7 +77,7 @@ def test_operations_of_a_rollout_by_hand(config, bare, tmp_path):
     head = (16 + 3) * 4 * 3 + 4 * 16 + 4 * 2
     token = 2 * (layer + 2 * 16 * (6 + 12)) + 320 * 16 + head + 2
     opening = 2 * (layer + 2 * 16 * 6) + 2
-    assert own.flops["rollout"] == 2 * (2 * 4 * 12 * token + 2 * 6 * opening)
+    assert own.flops["rollout"] == 2 * (2 * 4 * 12 * token + 6 * opening)
 
 
 def test_published_models_have_their_published_sizes(config, tmp_path):
