@@ -103,7 +103,7 @@ def _abstract(group, guessed) -> Abstract:
         reference, start, _ = sweep.load_reference(paths)
     elif paths:
         reference = _stacked(_weights(paths[0]).params, len(paths))
-    built = program.build(statics[0], base, start)
+    built = program.build(statics[0], base, start)._replace(cpu=False)          # what is planned for is no CPU
     if guessed:
         built = built._replace(env=built.env._replace(openings=_openings(**guessed)))
     hyper = jax.tree.map(lambda x: jax.ShapeDtypeStruct((len(group),), x.dtype), hypers[0])

@@ -29,7 +29,8 @@ from kl_reg.types import Episodes, Frozen, Hyper, Sampling, TrainState
 class Program(NamedTuple):
     """The objects that the static settings name, and the settings that rollout and step read.
 
-    `axis` is that of the devices of which each runs this program on `episodes` of its own; None: there is one.
+    `cpu`: whether it is made for one. `axis` is that of the devices of which each runs this program on `episodes` of
+    its own; None: there is one.
     """
 
     policy: policy.Policy
@@ -60,6 +61,7 @@ class Program(NamedTuple):
     copies: bool
     warmup: int
     final: float
+    cpu: bool
     axis: str | None = None
 
     @property
@@ -93,12 +95,12 @@ class Program(NamedTuple):
     @property
     def formed(self) -> int:
         """Entries of tokens x vocabulary that are formed at a time. On a CPU longer products are no faster."""
-        return min(self.entries, 2**25) if jax.default_backend() == "cpu" else self.entries
+        return min(self.entries, 2**25) if self.cpu else self.entries
 
     @property
     def cached(self) -> int | None:
         """Entries that are worked on at a time: on a CPU so many that its cache holds them. None: all of them."""
-        return 2**19 if jax.default_backend() == "cpu" else None
+        return 2**19 if self.cpu else None
 
     @property
     def differentiated(self) -> tuple[str, ...]:
@@ -173,8 +175,7 @@ def build(static: Static, model: weights.Model, start=None, loss: Callable | Non
         constrained=static.constrained, spend=kl.spend, levels=config.policy.spend_levels, carry=kl.carry,
         normalise=rl.normalise, iterations=rl.iterations, episodes=rl.episodes, epochs=rl.epochs,
         minibatches=rl.minibatches, accumulate=rl.accumulate, entries=rl.entries, copies=config.model.copies,
-        warmup=config.optim.warmup,
-        final=config.optim.final)
+        warmup=config.optim.warmup, final=config.optim.final, cpu=jax.default_backend() == "cpu")
 
 
 class Compiled(NamedTuple):

@@ -58,6 +58,7 @@ def test_config_json_alone_is_enough(config, bare, tmp_path):
     scratch.mkdir()
     own = abstract.programs(config, scratch)[0]
     assert own.shapes.experts == 4 and own.guessed == 7
+    assert own.program.formed == config.rl.entries and own.program.cached is None       # not as on this machine's CPU
     assert own.stream.episodes.transcript.tokens.shape == (2, 4, 7 + 12)
     wanted = jax.eval_shape(lambda: decoder.init(families.read(json.loads((bare / "config.json").read_text()))[0],
                                                  jax.random.key(0)))
