@@ -65,6 +65,11 @@ def save(figure: Figure, path: pathlib.Path) -> pathlib.Path:
     return path
 
 
+def plain(text: str) -> str:
+    """The text without formulas: matplotlib would read what two $ enclose as one."""
+    return text.replace("$", r"\$")
+
+
 def draw_frontier(points: Sequence[Point], base: dict, path: pathlib.Path) -> pathlib.Path:
     """Return per episode against nats per episode; the base's return with a band of its standard error.
 
@@ -150,7 +155,7 @@ def _boxes(line, half=3.0, steps=40):
     return [(x - half, y - half, x + half, y + half) for x, y in places]
 
 
-def _legend(figure, settings):
+def legend(figure: Figure, settings: Sequence[Setting]) -> None:
     """One legend for all panels, above them."""
     handles = [matplotlib.lines.Line2D([], [], color=look["color"], ls=look["linestyle"], lw=2.2)
                for look in looks(settings)]
@@ -176,7 +181,7 @@ def draw_training(settings: Sequence[Setting], curves: dict[int, list[dict]], pa
         for axes, (key, name) in zip(panels.flat, names, strict=False):
             for setting, look in zip(settings, looks(settings), strict=True):
                 if key != COEF or setting in moving:
-                    _curve(axes, [curves[m["member"]] for m in setting.members], key,
+                    curve(axes, [curves[m["member"]] for m in setting.members], key,
                            {"color": look["color"], "ls": look["linestyle"]})
             axes.set_title(name)
             axes.tick_params(labelbottom=True)
@@ -192,7 +197,7 @@ def draw_training(settings: Sequence[Setting], curves: dict[int, list[dict]], pa
             axes.set_axis_off()
         for axes in list(panels.flat)[max(0, len(names) - 2):len(names)]:
             axes.set_xlabel("iteration")
-        _legend(figure, settings)
+        legend(figure, settings)
         return save(figure, path)
 
 
@@ -205,8 +210,13 @@ def _scale_coef(axes):
     axes.yaxis.set_minor_formatter(plain if high < 15 * low else matplotlib.ticker.NullFormatter())
 
 
-def _curve(axes, runs, key, style):
-    """One setting's line in one panel; runs: the lines of each seed."""
+def curve(axes, runs: Sequence[list[dict]], key: str, style: dict) -> None:
+    """One setting's metric in one panel: a thin line for each seed, a thick one for their mean.
+
+    Args:
+        runs: metrics.jsonl of each seed.
+        style: colour and line style.
+    """
     for run in runs if len(runs) > 1 else []:
         axes.plot([r["iteration"] for r in run], [number(r[key]) for r in run], lw=0.7, alpha=0.35, **style)
     common = min(map(len, runs))
@@ -225,6 +235,8 @@ def draw_positions(settings: Sequence[Setting], parts: Sequence[ByPosition], pat
             style = {"color": look["color"], "ls": look["linestyle"]}
             for axes, y in zip(panels.flat, (part.per_token, part.per_position, part.cumulative), strict=False):
                 axes.plot(np.arange(len(y)), y, lw=1.9 if y is part.cumulative else 1.1, **style)
+            alone = np.flatnonzero(_isolated(part.per_token))
+            panels[0, 0].plot(alone, part.per_token[alone], ls="", marker=look["marker"], ms=4, color=look["color"])
             panels[1, 1].plot(np.arange(1, len(part.per_turn) + 1), part.per_turn, lw=1.4, marker=look["marker"], ms=4,
                               **style)
         for axes, title in zip(panels.flat, titles, strict=True):
@@ -233,8 +245,14 @@ def draw_positions(settings: Sequence[Setting], parts: Sequence[ByPosition], pat
             axes.set(xlabel="tokens after the opening", ylabel=f"{kl_name(settings)} (nats)")
         panels[1, 1].set_xlabel("turn of the agent")
         panels[1, 1].xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
-        _legend(figure, settings)
+        legend(figure, settings)
         return save(figure, path)
+
+
+def _isolated(y):
+    """Where a value has none beside it, so that no line shows it."""
+    here = np.pad(np.isfinite(y), 1)
+    return here[1:-1] & ~here[:-2] & ~here[2:]
 
 
 def draw_empty_turns(rows: Sequence[tuple[str, object, dict[str, list[tuple[float, float]]]]],

@@ -9,7 +9,7 @@ import matplotlib
 import matplotlib.ticker
 import numpy as np
 
-from kl_reg.analysis.figures import STYLE, new, save
+from kl_reg.analysis.figures import STYLE, new, plain, save
 
 BUDGETS = (10.0, 20.0)      # the paper's, nats per episode
 
@@ -26,7 +26,7 @@ def draw(scripts: Sequence[dict], title: str, path: pathlib.Path) -> pathlib.Pat
         figure = new(11.0, 4.6, [])
         turn, total = figure.subplots(1, 2)
         for script, color in zip(scripts, colors, strict=True):
-            name = f"“{_plain(script['script'])}”" if script["script"] else "silence"
+            name = f"“{plain(script['script'])}”" if script["script"] else "silence"
             _line(turn, script["per_turn"], color, name)
             _line(total, script["cumulative"], color, name)
         turn.set_yscale("log")
@@ -43,13 +43,8 @@ def draw(scripts: Sequence[dict], title: str, path: pathlib.Path) -> pathlib.Pat
         for axes in (turn, total):
             axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
         turn.legend(title="the teacher always says")
-        figure.suptitle(_plain(title), x=0.01, ha="left", fontsize=10.5)
+        figure.suptitle(plain(title), x=0.01, ha="left", fontsize=10.5)
         return save(figure, path)
-
-
-def _plain(text):
-    """What two $ enclose would be read as a formula."""
-    return text.replace("$", r"\$")
 
 
 def _line(axes, curve, color, name):

@@ -7,7 +7,7 @@ import pathlib
 
 import numpy as np
 
-from kl_reg.analysis import equal_kl, figures, frontier, stats, tables, transcripts
+from kl_reg.analysis import equal_kl, figures, frontier, silence, stats, tables, transcripts
 from kl_reg.analysis.saved import Sweep, read
 from kl_reg.analysis.settings import kl_name, warnings
 from kl_reg.analysis.tables import escaped
@@ -32,10 +32,11 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
 def _page(sweep: Sweep, folder: pathlib.Path) -> str:
     """Draws the figures into `folder` and puts the page together."""
     points, base = frontier.points(sweep.settings), sweep.base["final"]
-    parts = [stats.mean_by_position([_positions(sweep.evaluations[m["member"]]) for m in s.members])
-             for s in sweep.settings]
+    positions = {m["member"]: _positions(sweep.evaluations[m["member"]]) for s in sweep.settings for m in s.members}
+    parts = [stats.mean_by_position([positions[m["member"]] for m in s.members]) for s in sweep.settings]
+    silent = silence.learned(sweep.settings, sweep.base, parts)
     sections = [
-        _headline(sweep), _glance(sweep, points, parts),
+        _headline(sweep), _glance(sweep, points, parts, silent), _silence(sweep, silent, positions, folder),
         _section("Reward against KL", "One point a setting: the mean over its seeds at the final evaluation. Up and "
                  "left is better: more reward, closer to the reference. coef: reward per nat; budget and target: nats "
                  "per episode.",
@@ -137,26 +138,45 @@ def _empty_turns(sweep, folder):
                     + tables.empty_turns(sweep.base, sweep.settings, sweep.human))
 
 
-def _glance(sweep, points, parts):
+def _silence(sweep, silent, positions, folder):
+    """Only where an agent has learned to say nothing."""
+    if not silent:
+        return ""
+    best = silent[0].setting
+    member = best.members[0]
+    shown = [(f"base, evaluation episode 0: return {sweep.evaluations['base']['returns'][0]:.2f}", "base"),
+             (f"{best.label}, seed {member['hyper']['seed']}, episode 0: return "
+              f"{sweep.evaluations[member['member']]['returns'][0]:.2f}", member["member"])]
+    texts = [(title, silence.lines(sweep.evaluations[key], _pieces(sweep))) for title, key in shown]
+    costs = {number: part.per_turn for number, part in positions.items()}
+    return _section("Silence", "A simple behaviour is paid for once and repeated almost for free: empty turns in "
+                    "training, what each turn of the teacher costs in the evaluation (mean over all episodes), and the "
+                    "first evaluation episode of the base and of the most silent setting's first seed, not selected.",
+                    _image(silence.draw(sweep.settings, sweep.curves, costs, texts, folder / "silence.png"),
+                           "Silence, turn by turn"))
+
+
+def _glance(sweep, points, parts, silent):
     """Computed facts: what was gained at what cost, when it was paid, and what it did to both speakers."""
     base = sweep.base["final"]
     best = max(points, key=lambda p: p.reward)
     early = [(stats.share_spent_early(part.cumulative), p.setting.label) for p, part in zip(points, parts, strict=True)]
     early = sorted(pair for pair in early if np.isfinite(pair[0]))
     before = stats.show(stats.number(base["return"]), stats.number(base["return_se"]))
-    facts = [f"Return: base {before} → <b>{best.reward:.2f}</b> at "
+    facts = [escaped(silence.sentence(one, sweep.base)) for one in silent]
+    facts += [f"Return: base {before} → <b>{best.reward:.2f}</b> at "
              f"<b>{escaped(best.setting.label)}</b>, for {best.kl:.2f} nats per episode."]
     if early:
         facts.append(f"Paid early: the first quarter of an episode's positions carries <b>{early[0][0]:.0%}</b> "
                      f"({escaped(early[0][1])}) to <b>{early[-1][0]:.0%}</b> ({escaped(early[-1][1])}) of its KL.")
-    for who in ("teacher", "student"):
-        silent = [(float(stats.mean_and_error(stats.silent_rates(p.setting.members)[who])[0][0]), p.setting.label)
+    for who in ("student",) if silent else ("teacher", "student"):
+        empty = [(float(stats.mean_and_error(stats.silent_rates(p.setting.members)[who])[0][0]), p.setting.label)
                   for p in points]
-        silent = [pair for pair in silent if np.isfinite(pair[0])]
-        if silent:
+        empty = [pair for pair in empty if np.isfinite(pair[0])]
+        if empty:
             before = stats.show_percent(*stats.silent_rates([sweep.base])[who][0])
-            facts.append(f"Empty {who} turns: base {before} → up to <b>{max(silent)[0]:.1%}</b> "
-                         f"({escaped(max(silent)[1])}).")
+            facts.append(f"Empty {who} turns: base {before} → up to <b>{max(empty)[0]:.1%}</b> "
+                         f"({escaped(max(empty)[1])}).")
     return f"<ul class=glance>{''.join(f'<li>{fact}</li>' for fact in facts)}</ul>"
 
 
@@ -164,8 +184,12 @@ def _transcripts(sweep, points):
     rows = [("base", sweep.base)] + [(f"{p.setting.label}, seed {p.setting.members[0]['hyper']['seed']}",
                                         p.setting.members[0]) for p in points]
     shown = [(name, row["final"], sweep.evaluations[row["member"]]) for name, row in rows]
-    pieces_of = functools.partial(tokenizer.pieces, tokenizer.load(sweep.folder))
-    return transcripts.folded(shown, pieces_of, SHOWN_EPISODES, opened=1 + int(np.argmax([p.reward for p in points])))
+    return transcripts.folded(shown, _pieces(sweep), SHOWN_EPISODES,
+                              opened=1 + int(np.argmax([p.reward for p in points])))
+
+
+def _pieces(sweep):
+    return functools.partial(tokenizer.pieces, tokenizer.load(sweep.folder))
 
 
 CSS = """
