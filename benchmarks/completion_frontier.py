@@ -37,7 +37,7 @@ def measure(seed: int, folder: pathlib.Path) -> dict:
     tokens = [_tokens(folder / f"ours/members/{i}") for i in range(len(ours.params))]
     peers = _peer(config, folder, seed)
     report = efficiencies.measure(str(ours.workdir), EPISODES, beside=[str(path) for path in peers])
-    sampled = [json.loads((path / "sampled.json").read_text())["tokens"] for path in peers]
+    sampled = [json.loads((path / "sampled.json").read_text(encoding="utf-8"))["tokens"] for path in peers]
     for row, coefficient in zip(report["members"][-len(peers):], PEER["coefficients"], strict=True):
         row["title"] = f"TRL RLOO, beta {coefficient}"
     rows = [_at(report, nats, own) for nats in NATS for own in (True, False)]
@@ -50,7 +50,8 @@ def measure(seed: int, folder: pathlib.Path) -> dict:
 
 def _tokens(member):
     """That it sampled in training."""
-    return sum(json.loads(line)["tokens"] for line in (member / "metrics.jsonl").read_text().splitlines())
+    lines = (member / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return sum(json.loads(line)["tokens"] for line in lines)
 
 
 def _peer(config, folder, seed):
@@ -58,7 +59,7 @@ def _peer(config, folder, seed):
     settings = {"model": str(folders.find(config.model.path)), "prompt": config.env.opening, "end": config.env.end,
                 "length": config.env.length, "episodes": config.rl.episodes, "iterations": config.rl.iterations,
                 "seed": seed, "out": str(folder / "peer"), **PEER}
-    (folder / "peer.json").write_text(json.dumps(settings))
+    (folder / "peer.json").write_text(json.dumps(settings), encoding="utf-8")
     command = environment.python("trl"), "-m", "benchmarks.peers.trl_rloo", str(folder / "peer.json")
     subprocess.run(command, check=True, cwd=ROOT)
     return [folder / "peer" / str(coefficient) for coefficient in PEER["coefficients"]]

@@ -99,7 +99,8 @@ def measure(options: argparse.Namespace) -> dict:
         said = work.prompts(tokenizer.load(folder), each.prompt, max(each.sequences // each.group, 1))
         settings = work.settings_of(each, folder, scratch, shapes.vocab, said)
         file = scratch / "settings.json"
-        file.write_text(json.dumps(settings | {"dtype": options.dtype, "torch_compile": options.torch_compile}))
+        settings |= {"dtype": options.dtype, "torch_compile": options.torch_compile}
+        file.write_text(json.dumps(settings), encoding="utf-8")
         kinds = ["separate", "shared"][:1 + options.shared]
         samplers = {kind: ours(settings, options.policy, options.dtype, kind == "shared") for kind in kinds}
         told = dict.fromkeys(kinds, machine.versions())

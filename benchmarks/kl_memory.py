@@ -94,14 +94,14 @@ def resident_rise(kind: str, shape: Shape) -> int:
     """Bytes by which one call raises the peak of this process's resident memory above what it is before."""
     inputs = jax.block_until_ready(make_inputs(shape))
     program = build(kind, shape, inputs)
-    pathlib.Path("/proc/self/clear_refs").write_text("5")        # sets the recorded peak to the present
+    pathlib.Path("/proc/self/clear_refs").write_bytes(b"5")        # sets the recorded peak to the present
     before = _peak_resident()
     jax.block_until_ready(program(*inputs))
     return _peak_resident() - before
 
 
 def _peak_resident():
-    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    lines = pathlib.Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 

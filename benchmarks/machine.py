@@ -17,8 +17,8 @@ import jax.numpy as jnp
 def about() -> dict:
     """Processor, cores, and the default device."""
     info = pathlib.Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in (info.read_text().splitlines() if info.is_file() else ())
-             if line.startswith("model name")]
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else ()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {"processor": names[0] if names else platform.processor(), "cores": os.cpu_count(),
             "device": jax.devices()[0].device_kind, "devices": jax.device_count(), "system": platform.platform()}
 
@@ -67,7 +67,7 @@ def _busy():
     stat = pathlib.Path("/proc/stat")
     if not stat.is_file():
         return None
-    user, nice, system, _, _, irq, softirq, steal = map(int, stat.read_text().split()[1:9])
+    user, nice, system, _, _, irq, softirq, steal = map(int, stat.read_text(encoding="utf-8").split()[1:9])
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK") - sum(os.times()[:4])
 
 
@@ -133,4 +133,4 @@ def tell(result: dict, said: str, file: pathlib.Path | None) -> None:
     """Prints the report, and writes the result where a file is wanted."""
     print(said)
     if file:
-        file.write_text(json.dumps(result, indent=1) + "\n")
+        file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -218,7 +218,7 @@ def main(argv=None) -> int:
             folder.mkdir(parents=True, exist_ok=True)
             result = run(options.seed, folder)
             Console(width=120).print(show(result))
-            (options.out / f"optimality_{part}.json").write_text(json.dumps(result, indent=1) + "\n")
+            (options.out / f"optimality_{part}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
             holds &= result["holds"]
     return int(not holds)
 

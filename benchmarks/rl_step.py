@@ -78,7 +78,7 @@ def measure(options: argparse.Namespace) -> dict:
         said = work.prompts(tokenizer.load(folder), each.prompt)
         settings = work.settings_of(each, folder, scratch, shapes.vocab, said)
         file = scratch / "settings.json"
-        file.write_text(json.dumps(settings | {"torch_compile": options.torch_compile}))
+        file.write_text(json.dumps(settings | {"torch_compile": options.torch_compile}), encoding="utf-8")
         peak, trainers = machine.matmul_peak(), {"kl_reg": ours(settings, options.policy, options.kl)}
         told = {"kl_reg": machine.versions()}
         for peer, python in pythons.items():

@@ -36,7 +36,7 @@ def run(command: Sequence[str], cache: pathlib.Path) -> dict[str, float]:
     """
     env = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache), "PYTHONUNBUFFERED": "1"}
     began, seconds = time.perf_counter(), {}
-    with tempfile.TemporaryFile("w+") as errors, subprocess.Popen(
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors, subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=_ROOT, env=env) as process:
         for line in process.stdout:
             for name, mark in MARKS.items():

@@ -25,7 +25,7 @@ def experiment(settings: dict, **changes) -> ConfigDict:
         changes: further settings, with __ for the dot.
     """
     file = pathlib.Path(settings["scratch"]) / "prompts.txt"
-    file.write_text("\n".join(settings["prompts"]) + "\n")
+    file.write_text("\n".join(settings["prompts"]) + "\n", encoding="utf-8")
     config = configs.default()
     config.update_from_flattened_dict({
         "model.path": settings["model"], "env.name": "completion", "env.openings": str(file), "env.end": "",

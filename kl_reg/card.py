@@ -117,7 +117,8 @@ def _results(facts):
         return ["The run's figures are those of the policy inside its budget, not of this proposal."]
     if facts.member.iteration != config.rl.iterations or not file.is_file():
         return ["Not evaluated: the run's evaluation is of its last iteration."]
-    final = next(row["final"] for row in json.loads(file.read_text()) if row["member"] == address.member)
+    summary = json.loads(file.read_text(encoding="utf-8"))
+    final = next(row["final"] for row in summary if row["member"] == address.member)
     error = lambda name: final[f"{name}_se"]  # noqa: E731 - None of one episode
     number = lambda name: f"{final[name]:.3g}" + (f" ± {error(name):.2g}" if error(name) is not None else "")  # noqa: E731
     return [f"- KL to the reference (`{config.reference.name}`): {number('kl/nats_per_episode')} nats per episode",

@@ -54,7 +54,7 @@ def claim(workdir: pathlib.Path, resolved: dict) -> None:
         raise FileExistsError(f"{workdir} holds a sweep of several programs: continue it with python -m launch.sweep "
                               "--config=... --jobs=1, or choose another --workdir")
     if file.exists():
-        found = json.loads(file.read_text())["fingerprint"]
+        found = json.loads(file.read_text(encoding="utf-8"))["fingerprint"]
         if found != resolved["fingerprint"]:
             raise FileExistsError(f"{workdir} holds another experiment (fingerprint {found}, this one is "
                                   f"{resolved['fingerprint']}); choose another --workdir, or the configuration in its "
@@ -64,7 +64,7 @@ def claim(workdir: pathlib.Path, resolved: dict) -> None:
         raise FileExistsError(f"{workdir} is not empty and holds no config.json of an experiment; choose another "
                               "--workdir")
     workdir.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(resolved, indent=2) + "\n")
+    file.write_text(json.dumps(resolved, indent=2) + "\n", encoding="utf-8")
 
 
 class Checkpoints:

@@ -60,7 +60,7 @@ def export(name: str, out: pathlib.Path, iteration: int | None = None, *, adapte
         place = files.origin(config.model.path, base)
     if kind == "adapter":
         files.adapted(base, member.params["adapter"])       # raises before anything is written
-    fingerprint = json.loads((address.workdir / "config.json").read_text())["fingerprint"]
+    fingerprint = json.loads((address.workdir / "config.json").read_text(encoding="utf-8"))["fingerprint"]
     facts = card.Facts(address, member, fingerprint, digest, kind, proposal, base)
     snippet = card.snippet(facts, out)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -73,7 +73,7 @@ def export(name: str, out: pathlib.Path, iteration: int | None = None, *, adapte
             files.adapter(folder, base, place, member.params["adapter"], config.policy.rank, config.policy.alpha, dtype)
         else:
             _write_model(folder, member, base, dtype)
-        (folder / "README.md").write_text(card.text(facts, snippet))
+        (folder / "README.md").write_text(card.text(facts, snippet), encoding="utf-8")
         folder.rename(out)
     return Exported(kind, out, snippet)
 

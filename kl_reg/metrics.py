@@ -43,7 +43,13 @@ class Bar:
 
     def log(self, text: str):
         """A line above the bar."""
-        self.progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        console = self.progress.console
+        console.print(writable(text, console.encoding), highlight=False, markup=False, soft_wrap=True)
+
+
+def writable(text: str, encoding: str) -> str:
+    """`text` with ? for the characters that `encoding` lacks, so that printing it cannot end a run."""
+    return text.encode(encoding, "replace").decode(encoding)
 
 
 @contextlib.contextmanager
@@ -82,9 +88,9 @@ class MemberLog:
     def __init__(self, folder: pathlib.Path, hyper: dict, iteration: int, tensorboard: bool):
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / "metrics.jsonl"
-        lines = file.read_text().splitlines(keepends=True)[:iteration] if file.exists() else []
-        file.write_text("".join(lines))
-        self._file = open(file, "a")  # noqa: SIM115 - closed by close()
+        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)[:iteration] if file.exists() else []
+        file.write_text("".join(lines), encoding="utf-8")
+        self._file = open(file, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
         self._events = EventFileWriter(str(folder / "tensorboard")) if tensorboard else None
         if tensorboard and iteration:       # readers drop what an interrupted run wrote from here on
             self._events.add_event(Event(wall_time=time.time(), step=iteration,

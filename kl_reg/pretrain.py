@@ -148,11 +148,11 @@ def train(config: ConfigDict, workdir: pathlib.Path, command: str) -> list[pathl
     tok = _tokenizer(config, data[0], workdir)
     made = [_member(config, k, data, tok, workdir, command) for k in range(config.members)]
     if config.members > 1:
-        cards = {folder: json.loads((folder / "card.json").read_text()) for folder in made}
+        cards = {folder: json.loads((folder / "card.json").read_text(encoding="utf-8")) for folder in made}
         members = [{"folder": folder.name, "seed": card["seed"], "digest": folders.digest(folder),
                     "held_out_nats_per_token": card["nats_per_token"]} for folder, card in cards.items()]
         index = json.dumps({"bootstrap": config.bootstrap, "members": members}, indent=2)
-        pathlib.Path(config.output, "ensemble.json").write_text(index + "\n")
+        pathlib.Path(config.output, "ensemble.json").write_text(index + "\n", encoding="utf-8")
     return made
 
 
@@ -173,7 +173,7 @@ def _member(config, k, data, tok, workdir, command):
     workdir, output = workdir / part, pathlib.Path(config.output) / part
     record, ended = workdir / "finished.json", {"steps": config.steps, "decay": config.decay}
     if record.exists() and (output / "card.json").exists() and (
-            json.loads(record.read_text()) == ended | {"digest": folders.digest(output)}):
+            json.loads(record.read_text(encoding="utf-8")) == ended | {"digest": folders.digest(output)}):
         return output
     train_set, held_out, counts = data
     used = resample(len(train_set), seed) if config.bootstrap else np.arange(len(train_set))
@@ -181,15 +181,15 @@ def _member(config, k, data, tok, workdir, command):
     state = _fit(config, seed, documents, held, workdir, name)
     weights.save(output, families.llama_settings(shapes(config)), state.params)
     tok.save(str(output / "tokenizer.json"))
-    with open(output / "held_out.jsonl", "w") as file:
+    with open(output / "held_out.jsonl", "w", encoding="utf-8") as file:
         file.writelines(json.dumps(c._asdict(), ensure_ascii=False) + "\n" for c in held_out)
     licence = importlib.metadata.distribution("chitchat-dataset").read_text("LICENSE")
-    (output / "held_out.LICENSE").write_text(licence)
+    (output / "held_out.LICENSE").write_text(licence, encoding="utf-8")
     made = {"command": command, "member": None if single else k, "seed": seed, "bootstrap": config.bootstrap,
             "tokenizer": config.tokenizer, "train_conversations": len(used), "train_tokens": sum(map(len, documents)),
             "train_conversations_distinct": len(np.unique(used)), **counts, "minutes": float(state.seconds) / 60}
     _write_card(config, output, held_out, held, made)
-    record.write_text(json.dumps(ended | {"digest": folders.digest(output)}) + "\n")
+    record.write_text(json.dumps(ended | {"digest": folders.digest(output)}) + "\n", encoding="utf-8")
     return output
 
 
@@ -258,5 +258,5 @@ def _write_card(config, output, held_out, held, made):
         "machine": f"{os.cpu_count()} cores ({platform.machine()}), {jax.device_count()} x "
         f"{jax.devices()[0].device_kind}", "price_of_silence_episodes": len(silence.nats),
         "price_of_silence_nats": [round(float(x), 3) for x in mean_and_error(silence.nats)[0]]}
-    (output / "README.md").write_text(pretrain_card.text(card))
-    (output / "card.json").write_text(json.dumps(card, indent=2) + "\n")
+    (output / "README.md").write_text(pretrain_card.text(card), encoding="utf-8")
+    (output / "card.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")

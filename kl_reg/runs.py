@@ -39,7 +39,7 @@ def parse(text: str) -> Address | None:
     """What `text` addresses; None where that is no run's directory."""
     path, member, iteration = re.fullmatch(r"(.*?)(?::(\d+))?(?:@(\d+))?", text).groups()
     file = pathlib.Path(path) / "config.json"
-    if not file.is_file() or "fingerprint" not in json.loads(file.read_text()):
+    if not file.is_file() or "fingerprint" not in json.loads(file.read_text(encoding="utf-8")):
         return None
     return Address(pathlib.Path(path), *(None if x is None else int(x) for x in (member, iteration)))
 
@@ -47,7 +47,7 @@ def parse(text: str) -> Address | None:
 def config_of(workdir: pathlib.Path) -> ConfigDict:
     """The resolved configuration, settings that it lacks and those of the log at their defaults."""
     file = workdir / "config.json"
-    stored = json.loads(file.read_text())["config"]
+    stored = json.loads(file.read_text(encoding="utf-8"))["config"]
     return from_stored({key: value for key, value in stored.items() if key != "log"}, file)
 
 
@@ -75,7 +75,7 @@ def check_base(workdir: pathlib.Path, folder: pathlib.Path) -> str:
     Raises:
         ValueError: it was trained on another one.
     """
-    stored, digest = json.loads((workdir / "config.json").read_text()), folders.digest(folder)
+    stored, digest = json.loads((workdir / "config.json").read_text(encoding="utf-8")), folders.digest(folder)
     if "base" in stored and stored["base"] != digest:       # one that was written by hand may lack it
         raise ValueError(f"{workdir}: the run was trained on another model than the one that is in {folder} now")
     return digest
@@ -87,7 +87,8 @@ def programs(workdir: pathlib.Path) -> list[tuple[pathlib.Path, list[int]]]:
     file = workdir / "sweep.json"
     if not file.is_file():
         return []
-    return [(workdir / f"programs/{i}", members) for i, members in enumerate(json.loads(file.read_text())["programs"])]
+    numbers = json.loads(file.read_text(encoding="utf-8"))["programs"]
+    return [(workdir / f"programs/{i}", members) for i, members in enumerate(numbers)]
 
 
 def iterations(workdir: pathlib.Path) -> list[int]:

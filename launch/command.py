@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import pathlib
 import sys
@@ -51,8 +52,16 @@ def check_whole(args: argparse.Namespace, **lowest: int) -> None:
             raise ValueError(f"--{name} {value} must be a whole number from {low} to 2^31 - 1")
 
 
+def accept_encodings() -> None:
+    """Has standard output write ? for the characters that its encoding lacks, as ± in ASCII, where it would raise."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="replace")
+
+
 def parse(argv):
     """absl's flag parser; an unknown setting or a missing file of --config is one line and exit status 2."""
+    accept_encodings()
     if "--help" in argv:
         app.usage(shorthelp=True, writeto_stdout=True, exitcode=0)      # by itself absl ends it with 1
     try:
@@ -83,6 +92,7 @@ def define():
 
 def guarded(argv, function):
     """function(); what the user can mend is one line and exit status 2."""
+    accept_encodings()
     logging.set_verbosity(logging.WARNING)
     if len(argv) > 1:
         _fail(f"unexpected arguments {argv[1:]}")

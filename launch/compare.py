@@ -50,7 +50,7 @@ def _run(argv):
     run = addresses[1] or addresses[0]
     out = args.out or (run.workdir / "compare" / _name(addresses, args, report) if run else pathlib.Path("compare"))
     out.mkdir(parents=True, exist_ok=True)
-    (out / "compare.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
+    (out / "compare.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     shown = run, addresses[0] if addresses[1] else None
     settings = [compare.settings_of(address.workdir) if address else [] for address in shown]
     figure = divergence_figure.draw(report, *settings, out / "compare.png")

@@ -42,7 +42,7 @@ def _run(argv):
     report = efficiency.measure(args.run, args.episodes, args.seed, args.least, args.beside)
     out = args.out or runs.parse(args.run).workdir / "optimal"
     out.mkdir(parents=True, exist_ok=True)
-    (out / "optimal.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
+    (out / "optimal.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     figure = efficiency_figure.draw(report, out / "optimal.png")
     _print(report)
     print(f"\nnumbers  {out / 'optimal.json'}\nfigure   {figure}")

@@ -25,7 +25,7 @@ def main(argv):
     call = shlex.join(["python", "-m", "launch.pretrain", *sys.argv[1:]])
     folders = command.guarded(argv, lambda: pretrain.train(CONFIG.value, pathlib.Path(WORKDIR.value), call))
     for folder in folders:
-        card = json.loads((folder / "card.json").read_text())
+        card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
         print(f"{folder}  {card['nats_per_token']:.3f} nats per token, held out")
     if len(folders) > 1:
         print(folders[0].parent / "ensemble.json")

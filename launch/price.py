@@ -66,16 +66,23 @@ def _run(argv):
                                    args.max_reply, args.batch)
     report = {"model": args.model, **dialogue._asdict(), "opening": opening, "turns": args.turns, "seed": args.seed,
               "max_reply": args.max_reply, "scripts": price.report(prices, tokenizer.load(model.folder))}
-    (args.out / "price.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
+    (args.out / "price.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     _print(report)
     title = f"{args.model}: the teacher says the same in every turn, the student samples; {args.episodes} episodes"
     figure = price_figure.draw(report["scripts"], title, args.out / "price.png")
     print(f"\nnumbers  {args.out / 'price.json'}\nfigure   {figure}")
 
 
+def _text(file):
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--opening-file={file} is not UTF-8: {error}") from None
+
+
 def _opening(args, dialogue):
     if args.opening_file is not None:
-        text = args.opening_file.read_text()
+        text = _text(args.opening_file)
     else:
         text = dialogue.transcript(OPENING) if args.opening is None else args.opening
     if text and not text.endswith(dialogue.end):

@@ -101,7 +101,8 @@ def _close(sweep):
         print(line)
     if len(missing) < len(sweep.programs):
         report = gather.gather(sweep.workdir)
-        command.print_summary(json.loads((sweep.workdir / "summary.json").read_text()), sweep.workdir, report)
+        summary = json.loads((sweep.workdir / "summary.json").read_text(encoding="utf-8"))
+        command.print_summary(summary, sweep.workdir, report)
     if missing:
         print(f"\n{len(missing)} of {len(sweep.programs)} programs are missing: {', '.join(map(sweep.name, missing))}. "
               "The same command trains them and only them.", file=sys.stderr)

@@ -31,16 +31,16 @@ def python(peer: str, backend: str = "cpu") -> pathlib.Path:
     if peer not in PEERS:
         raise ValueError(f"there is no peer {peer!r}; choose of {', '.join(PEERS)}")
     folder = place(peer, backend)
-    wanted = (_HERE / f"{peer}.txt").read_text().replace(_JAX["cpu"], _JAX[backend])
+    wanted = (_HERE / f"{peer}.txt").read_text(encoding="utf-8").replace(_JAX["cpu"], _JAX[backend])
     made = folder / "requirements.txt"      # written last
     found = folder / ("Scripts" if os.name == "nt" else "bin") / "python"
-    if not made.is_file() or made.read_text() != wanted:
+    if not made.is_file() or made.read_text(encoding="utf-8") != wanted:
         print(f"{peer}: making its environment in {folder}", file=sys.stderr)
         shutil.rmtree(folder, ignore_errors=True)
         _run(peer, [sys.executable, "-m", "venv", str(folder)])
         packages = [line for line in wanted.splitlines() if not line.startswith("#")]
         _run(peer, [str(found), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *packages])
-        made.write_text(wanted)
+        made.write_text(wanted, encoding="utf-8")
     return found
 
 

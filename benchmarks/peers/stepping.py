@@ -50,7 +50,7 @@ class Told:
     """The trainer's end. Standard output is for answers: what libraries print goes to standard error."""
 
     def __init__(self):
-        self._answers = os.fdopen(os.dup(1), "w")
+        self._answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
         os.dup2(2, 1)
         self.clock = None
 
@@ -98,7 +98,7 @@ def running(name: str, command: Sequence[str], env: Mapping[str, str] | None = N
     Raises:
         RuntimeError: it ended, or gave another answer than JSON; with the end of its standard error.
     """
-    with tempfile.TemporaryFile("w+") as errors:
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
                                    cwd=_ROOT, env={**os.environ, **(env or {})})
         trainer = Trainer(name, {}, process, errors)

@@ -39,4 +39,4 @@ def main(settings: dict) -> None:
 
 
 if __name__ == "__main__":
-    main(json.loads(pathlib.Path(sys.argv[1]).read_text()))
+    main(json.loads(pathlib.Path(sys.argv[1]).read_text(encoding="utf-8")))

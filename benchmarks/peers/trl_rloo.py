@@ -52,7 +52,8 @@ def train(settings: dict, coefficient: float, out: pathlib.Path) -> None:
     trainer.train()
     trainer.model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    (out / "sampled.json").write_text(json.dumps({"tokens": sum(sampled), "settings": policy_of(settings)}))
+    sampled = {"tokens": sum(sampled), "settings": policy_of(settings)}
+    (out / "sampled.json").write_text(json.dumps(sampled), encoding="utf-8")
 
 
 def policy_of(settings: dict) -> dict:
@@ -63,11 +64,11 @@ def policy_of(settings: dict) -> dict:
 def finished(settings: dict, out: pathlib.Path) -> bool:
     """Whether this policy is there."""
     file = out / "sampled.json"
-    return file.is_file() and json.loads(file.read_text())["settings"] == policy_of(settings)
+    return file.is_file() and json.loads(file.read_text(encoding="utf-8"))["settings"] == policy_of(settings)
 
 
 if __name__ == "__main__":
-    settings = json.loads(pathlib.Path(sys.argv[1]).read_text())
+    settings = json.loads(pathlib.Path(sys.argv[1]).read_text(encoding="utf-8"))
     for coefficient in settings["coefficients"]:
         out = pathlib.Path(settings["out"]) / str(coefficient)
         if not finished(settings, out):

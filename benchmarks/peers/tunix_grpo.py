@@ -90,7 +90,7 @@ def _batches(settings, told, cluster):
 
 def _model(settings, mesh):
     folder = pathlib.Path(settings["model"])
-    found = json.loads((folder / "config.json").read_text())
+    found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config = llama.ModelConfig(
         num_layers=found["num_hidden_layers"], vocab_size=found["vocab_size"], embed_dim=found["hidden_size"],
         hidden_dim=found["intermediate_size"], num_heads=found["num_attention_heads"], head_dim=found["head_dim"],
@@ -127,4 +127,4 @@ def main(settings: dict) -> None:
 
 
 if __name__ == "__main__":
-    main(json.loads(pathlib.Path(sys.argv[1]).read_text()))
+    main(json.loads(pathlib.Path(sys.argv[1]).read_text(encoding="utf-8")))

@@ -92,7 +92,7 @@ def held_out(side: sides.Side, count: int, seed: int) -> Transcript:
     Raises:
         ValueError: there are fewer conversations.
     """
-    lines = (folders.EMBEDDED / "held_out.jsonl").read_text().splitlines()
+    lines = (folders.EMBEDDED / "held_out.jsonl").read_text(encoding="utf-8").splitlines()
     if count > len(lines):
         raise ValueError(f"--episodes {count}: there are {len(lines)} held-out conversations")
     env, env_settings, vocabulary = side.teams[0].program.env, side.config.env, tokenizer.load(side.model.folder)
@@ -169,7 +169,7 @@ def setting_of(workdir: pathlib.Path, number: int) -> tuple[Setting, dict]:
 
 def settings_of(workdir: pathlib.Path) -> list[Setting]:
     """The settings of a run, be it finished or not."""
-    config, stored = runs.config_of(workdir), json.loads((workdir / "config.json").read_text())
+    config, stored = runs.config_of(workdir), json.loads((workdir / "config.json").read_text(encoding="utf-8"))
     rows = [{"member": i, "hyper": hyper} for i, hyper in enumerate(sweep.hyper_of(config))]
     if "base" not in stored:        # written by hand, or by another program
         return settings(rows, config, "", {i: () for i in range(len(rows))})

@@ -124,7 +124,7 @@ def same_vocabulary(names: tuple[str, str], models: Sequence[weights.Model]) -> 
 
 
 def _open_run(name, address, config, model, openings, batch):
-    stored = json.loads((address.workdir / "config.json").read_text())
+    stored = json.loads((address.workdir / "config.json").read_text(encoding="utf-8"))
     runs.check_base(address.workdir, model.folder)
     if openings == "held_out":
         _held_out_openings(config, model)

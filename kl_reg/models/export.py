@@ -85,7 +85,7 @@ def model(folder: pathlib.Path, source: pathlib.Path, params: dict, dtype: str, 
     weights.save(folder, settings_of(folders.settings(source)), params, dtype)
     copy_tokenizer(source, folder)
     file = source / "generation_config.json"
-    known = json.loads(file.read_text()) if file.is_file() else {}
+    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     if sampling is not None:
         known = {key: value for key, value in known.items() if key.endswith("_token_id")}
         known |= drawing(sampling)
@@ -165,4 +165,4 @@ def head(folder: pathlib.Path, source: pathlib.Path, actor: dict, settings: dict
 
 
 def _write(file, content):
-    file.write_text(json.dumps(content, indent=2) + "\n")
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

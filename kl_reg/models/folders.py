@@ -126,7 +126,7 @@ def settings(folder: pathlib.Path) -> dict:
     """
     file = folder / "config.json"
     try:
-        config = json.loads(file.read_text())
+        config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} is no JSON: {error}") from None
     if not isinstance(config, dict):
@@ -157,6 +157,6 @@ def ends(folder: pathlib.Path) -> frozenset[int]:
     """The tokens with which a model says that it has ended (`eos_token_id`, of generation_config.json too)."""
     found = []
     for file in (folder / "config.json", folder / "generation_config.json"):
-        number = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
+        number = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") if file.is_file() else None
         found += number if isinstance(number, list) else [] if number is None else [number]
     return frozenset(found)

@@ -106,7 +106,7 @@ def load(folder: str | pathlib.Path, base: str | pathlib.Path | None = None, dty
         ValueError: the base's weights are not those that the head was trained on.
     """
     folder = pathlib.Path(folder)
-    settings = json.loads((folder / "head.json").read_text())
+    settings = json.loads((folder / "head.json").read_text(encoding="utf-8"))
     known, options = settings["base"], {"dtype": dtype or settings["dtype"]}
     if base is None and known["revision"]:
         place, options["revision"] = known["path"], known["revision"]
@@ -125,7 +125,7 @@ def _digest(folder):
     index = folder / "model.safetensors.index.json"
     files = [folder / "model.safetensors"]
     if not files[0].is_file():
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         files = [index, *(folder / name for name in shards)]
     digests = []
     for file in files:

@@ -97,7 +97,7 @@ def convert(model: Model) -> tuple[Model, Rounding]:
 def held_out(model: Model) -> Int[Array, "b t"]:
     """The beginnings of held-out human conversations, in the model's own tokens; those that are too short left out."""
     words = tokenizer.load(model.folder)
-    lines = (folders.EMBEDDED / "held_out.jsonl").read_text().splitlines()
+    lines = (folders.EMBEDDED / "held_out.jsonl").read_text(encoding="utf-8").splitlines()
     length = min(_LENGTH, model.config.max_position)
     rows = (tokenizer.opening(words, chitchat.transcript(json.loads(line)["turns"]))[:length] for line in lines)
     return jnp.array(list(itertools.islice((row for row in rows if len(row) == length), _CONVERSATIONS)))

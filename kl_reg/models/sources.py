@@ -93,7 +93,7 @@ def _open(file):
 def _weight_map(index):
     """Names of weights, and in which file of the folder each lies."""
     try:
-        names = json.loads(index.read_text())["weight_map"]
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         outside = [name for name in names.values() if pathlib.PurePath(name).name != name or name == ".."]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index} cannot be read as an index of weights: {error!r}") from None

@@ -100,8 +100,8 @@ def save(folder: pathlib.Path, settings: dict, params: dict, dtype: str = "bfloa
     if len(keys) > 1:
         index = {"metadata": {"total_size": total},
                  "weight_map": {key: name for name, part in zip(names, keys, strict=True) for key in part}}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    (folder / "config.json").write_text(json.dumps(settings | {"dtype": dtype}, indent=2) + "\n")
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(settings | {"dtype": dtype}, indent=2) + "\n", encoding="utf-8")
 
 
 def _parts(tensors: Iterator) -> Iterator[dict]:

@@ -164,7 +164,7 @@ def _place(setting, path, folder) -> tuple[str, bool]:
     else:
         settings = _settings(setting, path)
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(settings))
+    (folder / "config.json").write_text(json.dumps(settings), encoding="utf-8")
     (folder / "model.safetensors").touch()      # is looked for, and never read
     words = [own / name for name in _TOKENIZER_FILES if (own / name).is_file()]
     for file in words:
@@ -176,7 +176,7 @@ def _place(setting, path, folder) -> tuple[str, bool]:
 
 def _settings(setting, path) -> dict:
     """config.json of a model of the hub."""
-    published = json.loads(PUBLISHED.read_text())
+    published = json.loads(PUBLISHED.read_text(encoding="utf-8"))
     if path in published:
         return published[path]["config"]
     if not folders.is_hub(path):
@@ -189,7 +189,7 @@ def _settings(setting, path) -> dict:
         raise FileNotFoundError(f"{setting}={path!r}: the Hugging Face hub does not give its config.json "
                                 f"({' '.join(str(error).split())}); a folder that holds it is enough for a plan, and "
                                 f"these are known without: {', '.join(published)}") from error
-    return json.loads(pathlib.Path(file).read_text())
+    return json.loads(pathlib.Path(file).read_text(encoding="utf-8"))
 
 
 def _bytes_and_fillers(vocab: int) -> Tokenizer:

@@ -101,4 +101,4 @@ def as_json(plan: Plan) -> dict:
 
 def write(plan: Plan, file: pathlib.Path) -> None:
     """As JSON."""
-    file.write_text(json.dumps(as_json(plan), indent=2) + "\n")
+    file.write_text(json.dumps(as_json(plan), indent=2) + "\n", encoding="utf-8")

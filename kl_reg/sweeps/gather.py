@@ -29,7 +29,7 @@ def gather(workdir: pathlib.Path) -> pathlib.Path:
         shutil.copytree(sweep.folder(done[0]) / "members/base", sweep.workdir / "members/base", dirs_exist_ok=True)
         hypers, rows = hyper_of(sweep.config), {}
         for number in done:
-            base, *own = json.loads((sweep.folder(number) / "summary.json").read_text())
+            base, *own = json.loads((sweep.folder(number) / "summary.json").read_text(encoding="utf-8"))
             rows.setdefault(-1, base)
             for row, member in zip(own, sweep.programs[number], strict=True):
                 shutil.copytree(sweep.folder(number) / f"members/{row['member']}", sweep.workdir / f"members/{member}",
@@ -41,7 +41,7 @@ def gather(workdir: pathlib.Path) -> pathlib.Path:
 
 def _describe(sweep, done):
     """config.json as one process would have written it."""
-    stored = {number: json.loads((sweep.folder(number) / "config.json").read_text()) for number in done}
+    stored = {number: json.loads((sweep.folder(number) / "config.json").read_text(encoding="utf-8")) for number in done}
     first = stored[done[0]]["inputs"]
     for number in done:
         for key in ("base", "rewards", "environment", "student"):

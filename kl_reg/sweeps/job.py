@@ -88,8 +88,8 @@ def _into(file: pathlib.Path) -> Iterator[None]:
     sys.stdout.flush()
     sys.stderr.flush()
     try:
-        with open(file, "a", buffering=1) as target, contextlib.redirect_stdout(target), \
-                contextlib.redirect_stderr(target):
+        with open(file, "a", buffering=1, encoding="utf-8", errors="replace") as target, \
+                contextlib.redirect_stdout(target), contextlib.redirect_stderr(target):
             os.dup2(target.fileno(), 1)
             os.dup2(target.fileno(), 2)
             yield

@@ -110,7 +110,7 @@ def read(workdir: str | pathlib.Path) -> Sweep:
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing: python -m launch.sweep with --jobs, --members_per_job or another "
                                 "--backend than local writes it")
-    stored = json.loads(file.read_text())
+    stored = json.loads(file.read_text(encoding="utf-8"))
     return Sweep(workdir, runs.from_stored(stored["config"], file), stored["programs"])
 
 
@@ -126,7 +126,7 @@ def write_json(file: pathlib.Path, value) -> None:
     """Whole or not at all, for readers that look meanwhile."""
     file.parent.mkdir(parents=True, exist_ok=True)
     new = file.with_name(f".{file.name}.{os.getpid()}")
-    new.write_text(json.dumps(value, indent=2) + "\n")
+    new.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     new.replace(file)
 
 
@@ -138,7 +138,7 @@ def locked(file: pathlib.Path, otherwise: str | None = None) -> Iterator[None]:
         BlockingIOError: `otherwise`, if that is given and another one is; else this waits.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    with open(file, "a") as handle:
+    with open(file, "a", encoding="utf-8") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | (fcntl.LOCK_NB if otherwise else 0))
         except BlockingIOError:

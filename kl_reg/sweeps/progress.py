@@ -62,7 +62,7 @@ def rows(workdir: str | pathlib.Path) -> list[Row]:
 def recorded(sweep: plan.Sweep, number: int) -> dict:
     """What `job.record` wrote last of a program."""
     file = sweep.workdir / f"logs/{number}.json"
-    return json.loads(file.read_text()) if file.is_file() else {"state": "waiting"}
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"state": "waiting"}
 
 
 def state(sweep: plan.Sweep, number: int) -> str:

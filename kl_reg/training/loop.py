@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -108,13 +109,13 @@ def train(config: ConfigDict, reward_fn: Callable | Sequence[Callable] | None = 
 
 
 def _report(workdir, summary):
-    (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     return report.write_report(workdir)
 
 
 def _say(text):
     if hosts.writes():
-        print(text)
+        print(metrics.writable(text, sys.stdout.encoding))
 
 
 def _iterate(config, groups, states, judges, workdir, saved, start):
@@ -293,7 +294,7 @@ def _final(group, episodes, judges, folder):
 def _best(folder):
     """The training iteration with the highest return minus coefficient times KL, each a mean over _WINDOW iterations
     up to it: the best of many noisy batches alone would be the luckiest."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     net = [row["return"] - row["kl/coef"] * row["kl/nats_per_episode"] for row in lines]
     window = np.ones(min(_WINDOW, len(lines))) / min(_WINDOW, len(lines))
     at = int(np.argmax(np.convolve(net, window, "valid")))

@@ -52,7 +52,8 @@ def describe(sweep: plan.Sweep, numbers: list[int], options: Options) -> list[st
 def submit(sweep: plan.Sweep, numbers: list[int], options: Options) -> Started:
     """Submits those that are not in the queue from an earlier call."""
     file = sweep.workdir / "logs/slurm/jobs.json"
-    jobs = {int(number): own for number, own in json.loads(file.read_text()).items()} if file.is_file() else {}
+    earlier = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    jobs = {int(number): own for number, own in earlier.items()}
     queue = _queue() if jobs else set()
     new = [number for number in numbers if jobs.get(number) not in queue]
     if new:

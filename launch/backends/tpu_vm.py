@@ -92,7 +92,7 @@ class _Slice:
     @property
     def mine(self):
         """What is on record: {} where this sweep has no such slice; "sent": whether the program's files are on it."""
-        return json.loads(self._file.read_text()) if self._file.is_file() else {}
+        return json.loads(self._file.read_text(encoding="utf-8")) if self._file.is_file() else {}
 
     def note(self, **facts):
         plan.write_json(self._file, {"name": self.name, "zone": self.options.zone, **facts})
@@ -138,7 +138,7 @@ class _Slice:
 
     def do(self, call, tries=_TRIES):
         """Calls a script, what it says goes to a log; its last line."""
-        with open(self.sweep.workdir / f"logs/{self.number}.slice.txt", "a") as log:
+        with open(self.sweep.workdir / f"logs/{self.number}.slice.txt", "a", encoding="utf-8") as log:
             for i in range(tries):
                 done = subprocess.run(["bash", SCRIPTS / call[0], *call[1:]], stdin=subprocess.DEVNULL,
                                       stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -11,9 +11,9 @@ from launch import command as commands
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-def launch(command, *arguments):
-    return subprocess.run([sys.executable, "-m", f"launch.{command}", *map(str, arguments)], cwd=ROOT, text=True,
-                          capture_output=True)
+def launch(command, *arguments, **env):
+    return subprocess.run([sys.executable, "-m", f"launch.{command}", *map(str, arguments)], cwd=ROOT, encoding="utf-8",
+                          capture_output=True, env=os.environ | {"PYTHONIOENCODING": "utf-8"} | env)
 
 
 @pytest.fixture(scope="module")
@@ -31,17 +31,17 @@ def test_help_explains_itself(command):
 
 
 def test_one_member_trains_and_a_second_call_finds_it_done(small, tmp_path):
-    first = launch("train", *small, "--config.kl.budget=20.", f"--workdir={tmp_path}/run")
+    first = launch("train", *small, "--config.kl.budget=20.", f"--workdir={tmp_path}/läuft")
     assert first.returncode == 0, first.stderr
-    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    summary = json.loads((tmp_path / "läuft/summary.json").read_text())
     assert [row["member"] for row in summary] == ["base", 0] and summary[1]["hyper"]["kl.budget"] == 20.0
-    assert first.stdout.strip().endswith(f"report  {tmp_path}/run/report.html")
+    assert first.stdout.strip().endswith(f"report  {tmp_path}/läuft/report.html")
     said = first.stdout.splitlines()
     assert said[0].startswith("first update after ") and said[1].startswith("2/2  return ")     # benchmarks.startup
-    second = launch("train", *small, "--config.kl.budget=20.", f"--workdir={tmp_path}/run")
+    second = launch("train", *small, "--config.kl.budget=20.", f"--workdir={tmp_path}/läuft", PYTHONIOENCODING="ascii")
     assert second.returncode == 0 and "already trained" in second.stdout
-    assert json.loads((tmp_path / "run/summary.json").read_text()) == summary
-    other = launch("train", *small, "--config.kl.budget=10.", f"--workdir={tmp_path}/run")
+    assert json.loads((tmp_path / "läuft/summary.json").read_text()) == summary
+    other = launch("train", *small, "--config.kl.budget=10.", f"--workdir={tmp_path}/läuft")
     assert other.returncode == 2 and "holds another experiment" in other.stderr
 
 
