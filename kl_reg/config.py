@@ -27,6 +27,7 @@ HYPER = {"kl.coef": "kl_coef", "kl.target": "kl_target", "kl.horizon": "kl_horiz
 BUDGETS = ("kl.budget", "kl.turn_budget", "kl.token_budget")
 
 _RUN_ONLY = ("sweep", "checkpoint", "log", "parallel")     # settings that change no number of a result
+LATER = {"env.prefill": ""}      # settings that older runs lack: as here they are not in the fingerprint
 
 
 def default() -> ConfigDict:
@@ -47,13 +48,14 @@ def default() -> ConfigDict:
     config.env = ConfigDict()
     config.env.name = "teacher_student"
     config.env.openings = "fixed"         # "fixed": env.opening; "held_out": it and turns of held-out conversations;
-    #                                       or a .txt or .jsonl file, a folder or hub name of a dataset, or a dotted
-    #                                       path to a function that makes rows: docs/envs.md
+    #                                       or a file of prompts, a folder or hub name of a dataset, or a dotted path
+    #                                       to a function that makes rows: docs/envs.md
     config.env.opening = "<|start|>"
     config.env.opening_turns = 2
     config.env.opening_tokens = 48        # longer openings are left out
     config.env.split = "train"            # of a dataset
     config.env.column = "prompt"          # of a dataset or .jsonl file: a text, or the messages of a chat
+    config.env.prefill = ""               # a chat that ends with the assistant: "" refuses it, "continue" continues it
     config.env.teacher = "A:"
     config.env.student = "B:"
     config.env.end = "\n"
@@ -299,6 +301,7 @@ def fingerprint(config: ConfigDict, *inputs: str) -> str:
     Args:
         inputs: digests of what the settings only name: the model's weights, a reward function.
     """
-    kept = {key: value for key, value in flat(config).items() if key.split(".")[0] not in _RUN_ONLY}
+    kept = {key: value for key, value in flat(config).items()
+            if key.split(".")[0] not in _RUN_ONLY and (key, value) not in LATER.items()}
     kept["members"], kept["inputs"] = members(config), inputs
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]

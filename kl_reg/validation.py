@@ -12,7 +12,7 @@ from kl_reg.config import BUDGETS, HYPER, default, flat, kl_config, members, ove
 from kl_reg.kl import controllers, estimators
 from kl_reg.kl.references import CUTS
 from kl_reg.losses import reductions
-from kl_reg.models import lora, policies, reference, weights
+from kl_reg.models import lora, policies, reference, tokenizer, weights
 from kl_reg.models.block import REMATS
 
 _SHARED = ("sweep", "model", "env", "reward", "sampling", "evaluation", "checkpoint", "log", "parallel",
@@ -29,9 +29,10 @@ _NOT_NEGATIVE = ("kl.coef", "kl.target", "kl.horizon", "kl.rate", "kl.gain", "kl
 _RELATIVE = ("leave_one_out", "group", "group_mean")
 """Advantages that compare the episodes of a group."""
 
-_IDLE = {"teacher_student": ("writers",),
+_IDLE = {"teacher_student": ("writers", "prefill"),
          "completion": ("opening_turns", "teacher", "student", "markers", "turns", "student_model", "writers"),
-         "tabular": ("openings", "opening_turns", "split", "column", "teacher", "student", "markers", "turns")}
+         "tabular": ("openings", "opening_turns", "split", "column", "prefill", "teacher", "student", "markers",
+                     "turns")}
 """Settings of `env` that say nothing to an environment."""
 
 _LIMITS = ("rl.stop_kl", "rl.truncation", "rl.value_clip", "optim.value_learning_rate")
@@ -130,6 +131,11 @@ def _validate_environment(env):
         for key in _IDLE[env.name]:
             if env[key] != default().env[key]:
                 raise ValueError(f"env.{key}={env[key]!r} has no effect with env.name={env.name!r}")
+    for key in ("opening", "teacher", "student", "end"):
+        try:
+            tokenizer.check_unicode(env[key])
+        except ValueError as error:
+            raise ValueError(f"env.{key}={env[key]!r}: {error}") from None
 
 
 def _validate_algorithm(rl):

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import math
 
@@ -52,6 +53,18 @@ def test_static_settings_come_back_as_they_were(config):
     assert static.config().env.to_dict() == config.env.to_dict()
     assert "coef" not in static.config().kl and "seed" not in static.config()
     json.loads(static.settings)
+
+
+def test_settings_that_came_later_leave_the_fingerprints_of_earlier_runs_as_they_were():
+    """By hand: the digest of a run whose configuration had no such settings."""
+    config = configs.default()
+    earlier = {key: value for key, value in configs.flat(config).items()
+               if key.split(".")[0] not in ("sweep", "checkpoint", "log", "parallel") and key not in configs.LATER}
+    earlier |= {"members": [{}], "inputs": ["model"]}
+    want = hashlib.sha256(json.dumps(earlier, sort_keys=True).encode()).hexdigest()[:12]
+    assert configs.fingerprint(config, "model") == want
+    config.env.prefill = "continue"
+    assert configs.fingerprint(config, "model") != want
 
 
 def test_the_fingerprint_moves_with_results_only(config):

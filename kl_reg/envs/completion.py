@@ -39,6 +39,8 @@ def completion(config: ConfigDict, tokenizer: Tokenizer, eos: frozenset[int]) ->
         ValueError: an end marker that the tokenizer cannot write, or prompts that cannot be used.
         FileNotFoundError, ImportError: see `prompts.read`.
     """
+    if config.prefill not in ("", "continue"):
+        raise ValueError(f"env.prefill={config.prefill!r}: choose '' or 'continue'")
     if config.end:
         text.marker_ids(tokenizer, "env.end", config.end)
     search = finder(tokenizer, config.end) if config.end else None
@@ -75,6 +77,9 @@ def _rows(config, tokenizer):
     if rows.kind == prompts.TURNS:
         raise ValueError(f"env.openings={config.openings!r}: {config.column!r} is a list of turns, which "
                          "env.name='teacher_student' takes; choose a column of texts or chats")
+    if config.prefill and rows.kind == prompts.TEXT:
+        raise ValueError(f"env.prefill={config.prefill!r} with env.openings={config.openings!r}: {config.column!r} is "
+                         "a text, which is continued as it is; leave env.prefill out")
     ids = [_tokens(config, tokenizer, rows.kind, *row) for row in zip(rows.places, rows.prompts, strict=True)]
     kept = prompts.fitting(config, rows, [len(own) for own in ids])
     return prompts.choose(rows, kept), [ids[i] for i in kept]
@@ -84,6 +89,9 @@ def _tokens(config, tokenizer, kind, place, prompt):
     if kind == prompts.TEXT:
         return text.opening(tokenizer, prompt)
     try:
+        if prompt[-1]["role"] in text.ASSISTANT and not config.prefill:
+            raise ValueError("the chat ends with a message of the assistant: remove it if it is an answer to compare "
+                             "with; env.prefill='continue' has the agent continue it")
         return text.chat(tokenizer, prompt)
     except ValueError as error:
         raise ValueError(f"env.openings={config.openings!r}, {place}: {error}") from None

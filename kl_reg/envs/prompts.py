@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
+from kl_reg.envs import messages
 from kl_reg.models import tokenizer as text
 from kl_reg.registry import Registry
 from kl_reg.types import Openings
@@ -24,8 +25,10 @@ from kl_reg.types import Openings
 TEXT, CHAT, TURNS = "a text", "a chat", "a list of turns"
 _HUB = re.compile(r"(?P<path>\w[\w.-]*/\w[\w.-]*)(:(?P<name>[\w.-]+))?(@(?P<revision>[^@\s]+))?")
 _DOTTED = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
-_ACCEPTED = ("'fixed' (env.opening), 'held_out' (of env.name='teacher_student'), a .txt or .jsonl file, a folder of a "
-             "dataset, ORG/NAME[:SUBSET][@REVISION] of the Hugging Face hub, or the dotted path of a function")
+_TABLES = {".parquet": "parquet", ".csv": "csv", ".json": "json"}      # files for `datasets`, and its name of each kind
+_ACCEPTED = ("'fixed' (env.opening), 'held_out' (of env.name='teacher_student'), a .txt, .jsonl, .json, .csv or "
+             ".parquet file, a folder of a dataset, ORG/NAME[:SUBSET][@REVISION] of the Hugging Face hub, or the "
+             "dotted path of a function")
 _RESERVED = ("prompts", "completions", "completion_ids")     # what every reward function is told
 _DATED = datetime.date | datetime.time | datetime.timedelta
 
@@ -40,13 +43,27 @@ class Rows(NamedTuple):
     places: list[str]
 
     def digest(self) -> str:
-        """SHA-256 of prompts and columns."""
+        """SHA-256 of prompts and columns.
+
+        Raises:
+            ValueError: names a column that holds something else than numbers, texts, dates and lists of them.
+        """
         try:
-            written = json.dumps([self.prompts, self.columns], sort_keys=True, default=_written)
-        except TypeError as error:
-            raise ValueError(f"env.openings: a column holds what the run's fingerprint cannot be made of ({error}); "
-                             "remove the column") from None
+            written = _json([self.prompts, self.columns])
+        except (TypeError, ValueError, RecursionError):
+            raise ValueError(self._unwritten()) from None
         return hashlib.sha256(written.encode()).hexdigest()
+
+    def _unwritten(self):
+        """Says which column holds what JSON cannot hold."""
+        for place, row in zip(self.places, self.columns, strict=True):
+            for name, value in row.items():
+                try:
+                    _json(value)
+                except (TypeError, ValueError, RecursionError) as error:
+                    return (f"env.openings: the column {name!r} holds {_named(type(value))} in {place}, of which no "
+                            f"fingerprint can be made ({error}); remove the column, or make it numbers or texts")
+        return "env.openings: the run's fingerprint cannot be made of the prompts"
 
 
 def plain(kind: str, prompts: list) -> Rows:
@@ -57,9 +74,10 @@ def plain(kind: str, prompts: list) -> Rows:
 def read(config: ConfigDict) -> Rows:
     """The rows of `env.openings`, which is no built-in name, with their `env.column` as prompt.
 
-    Accepted: a .txt file, one prompt a line; a .jsonl file; a folder that `datasets` saved, or one of data files; a
-    dataset of the Hugging Face hub, ORG/NAME[:SUBSET][@REVISION]; the dotted path of a function without arguments that
-    returns the rows, a list of dictionaries. Blank lines are no rows; a column that a row lacks is None there.
+    Accepted: a .txt file, one prompt a line; a .jsonl file; a .json, .csv or .parquet file; a folder that `datasets`
+    saved, or one of data files; a dataset of the Hugging Face hub, ORG/NAME[:SUBSET][@REVISION]; the dotted path of a
+    function without arguments that returns the rows, a list of dictionaries. Blank lines are no rows; a column that a
+    row lacks is None there. Chats become messages (`messages.read`).
 
     Raises:
         FileNotFoundError: there is no such file or dataset.
@@ -71,17 +89,23 @@ def read(config: ConfigDict) -> Rows:
     if path.suffix in (".txt", ".jsonl") and not path.is_dir():
         rows = [(f"line {number}", {config.column: line} if path.suffix == ".txt" else _object(config, number, line))
                 for number, line in _lines(config, path) if line.strip()]
-    elif path.is_dir() or _HUB.fullmatch(config.openings) and not path.exists():
+    elif path.is_dir() or path.is_file() and path.suffix in _TABLES or _is_hub(config, path):
         rows = [(f"row {number}", row) for number, row in enumerate(_dataset(config, path), start=1)]
-    elif _DOTTED.fullmatch(config.openings) and not path.exists():
+    elif _DOTTED.fullmatch(config.openings) and path.suffix not in _TABLES and not path.exists():
         rows = [(f"row {number}", row) for number, row in enumerate(_made(config), start=1)]
     else:
-        kind = ValueError if path.exists() or path.name == config.openings else FileNotFoundError
+        named = path.suffix in _TABLES or path.name != config.openings
+        kind = FileNotFoundError if named and not path.exists() else ValueError
         raise kind(f"env.openings={config.openings!r}: {'not accepted' if kind is ValueError else 'missing'}; choose "
                    f"{_ACCEPTED}")
     if not rows:
         raise ValueError(f"env.openings={config.openings!r} is empty")
     return _columns(config, rows)
+
+
+def _is_hub(config, path):
+    """Whether it is the name of a dataset of the hub: a file's name that has no file is none."""
+    return _HUB.fullmatch(config.openings) and path.suffix not in _TABLES and not path.exists()
 
 
 def _lines(config, path):
@@ -118,6 +142,8 @@ def _dataset(config, path) -> Iterable[dict]:
             return splits[config.split]
         if (path / "state.json").is_file():
             return datasets.load_from_disk(path)        # one table, which has no splits
+        if path.is_file():
+            return datasets.load_dataset(_TABLES[path.suffix], data_files=str(path), split=config.split)
         source = {"path": str(path)} if path.is_dir() else _HUB.fullmatch(config.openings).groupdict()
         return datasets.load_dataset(**source, split=config.split)
     except Exception as error:      # that library and the hub's client raise dozens of kinds
@@ -152,11 +178,18 @@ def _columns(config, rows):
         if column not in row:
             raise ValueError(f"{source}, {place} has no column {column!r} (env.column); there are "
                              f"{', '.join(row) or 'none'}")
-    kinds = [_kind(row[column]) for _, row in rows]
-    for kind, (place, row) in zip(kinds, rows, strict=True):
+    prompts, kinds = [], []
+    for place, row in rows:
+        try:
+            kind, prompt = _prompt(row[column])
+        except ValueError as error:
+            raise ValueError(f"{source}, {place}: {column!r}: {error}") from None
         if kind is None:
-            raise ValueError(f"{source}, {place}: {column!r} is {str(row[column])[:60]!r}; accepted are a text, a chat "
-                             '([{"role": ..., "content": ...}, ...]) and a list of turns ([text, ...])')
+            raise ValueError(f"{source}, {place}: {column!r} is {str(prompt)[:60]!r}; accepted are a text, a chat "
+                             '([{"role": ..., "content": ...}, ...], or [{"from": ..., "value": ...}, ...]) and a list '
+                             "of turns ([text, ...])")
+        prompts.append(prompt)
+        kinds.append(kind)
         if kind != kinds[0]:
             raise ValueError(f"{source}: {column!r} is {kinds[0]} in {rows[0][0]} and {kind} in {place}; it must be "
                              "of one kind")
@@ -166,19 +199,20 @@ def _columns(config, rows):
         raise ValueError(f"{source}: reward functions are told of a column by its name, and {', '.join(_RESERVED)} are "
                          f"taken; rename {', '.join(taken)}")
     filled = [dict.fromkeys(others) | {name: row[name] for name in row if name != column} for _, row in rows]
-    return Rows(kinds[0], [row[column] for _, row in rows], filled, [place for place, _ in rows])
+    return Rows(kinds[0], prompts, filled, [place for place, _ in rows])
 
 
-def _kind(prompt):
+def _prompt(prompt):
+    """Its kind, None where it has none, and itself; a chat as messages."""
+    turns, kind = prompt if isinstance(prompt, list) and prompt else [None], None
     if isinstance(prompt, str):
-        return TEXT
-    if not isinstance(prompt, list) or not prompt:
-        return None
-    if all(isinstance(turn, str) for turn in prompt):
-        return TURNS
-    chat = all(isinstance(message, dict) and {"role", "content"} <= message.keys()
-               and isinstance(message["role"], str) and isinstance(message["content"], str) for message in prompt)
-    return CHAT if chat else None
+        kind = TEXT
+    elif all(isinstance(turn, str) for turn in turns):
+        kind = TURNS
+    elif chat := messages.read(turns):
+        kind, prompt = CHAT, chat
+    text.check_unicode(json.dumps(prompt, ensure_ascii=False, skipkeys=True, default=str))
+    return kind, prompt
 
 
 def fitting(config: ConfigDict, rows: Rows, counts: Sequence[int]) -> list[int]:
@@ -216,11 +250,19 @@ def padded(rows: Sequence[Sequence[int]]) -> Openings:
     return Openings(np.pad(tokens, ((0, 0), (more, 0))), start + np.int32(more))
 
 
+def _json(value):
+    """The value as a digest reads it."""
+    return json.dumps(value, sort_keys=True, default=_written)
+
+
 def _written(value):
     """What JSON cannot hold, for a digest."""
     if isinstance(value, np.ndarray | np.generic):
         return value.tolist()
     if isinstance(value, bytes | decimal.Decimal | _DATED):
         return repr(value)
-    raise ValueError(f"env.openings: a column holds {type(value).__name__}, which the run's fingerprint cannot be made "
-                     "of; remove the column")
+    raise TypeError(f"{_named(type(value))} is not JSON")
+
+
+def _named(kind):
+    return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"

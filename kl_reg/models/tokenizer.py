@@ -18,6 +18,8 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 START = "<|start|>"
+ASSISTANT = ("assistant", "model")
+"""Roles whose messages the model itself writes."""
 
 
 def load(folder: pathlib.Path) -> Tokenizer:
@@ -65,7 +67,12 @@ def _hugging_face(folder):
 
 def opening(tokenizer: Tokenizer, text: str) -> list[int]:
     """Token ids of `text` at the beginning of a transcript: with what the tokenizer puts in front of every text (BOS,
-    in many families), once, also where `text` begins with it already; with nothing that it puts behind."""
+    in many families), once, also where `text` begins with it already; with nothing that it puts behind.
+
+    Raises:
+        ValueError: as `check_unicode`.
+    """
+    check_unicode(text)
     probe = tokenizer.encode("a")
     before = list(itertools.compress(probe.ids, itertools.takewhile(bool, probe.special_tokens_mask)))
     text = text.removeprefix("".join(map(tokenizer.id_to_token, before)))
@@ -73,8 +80,24 @@ def opening(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Token ids of `text` as it continues a transcript: no special tokens and no space are put in front."""
+    """Token ids of `text` as it continues a transcript: no special tokens and no space are put in front.
+
+    Raises:
+        ValueError: as `check_unicode`.
+    """
+    check_unicode(text)
     return _continuing(tokenizer, tokenizer.get_vocab_size()).encode(text, add_special_tokens=False).ids
+
+
+def check_unicode(text: str) -> None:
+    """Raises a ValueError where `text` holds half of a surrogate pair, which is no character: JSON can write one, and
+    Python reads one from bytes that are not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        here = text[max(0, error.start - 10):error.start + 10]
+        raise ValueError(f"half of a surrogate pair, {text[error.start]!r}, is no character (in {here!r}); write the "
+                         "whole pair, or remove it") from None
 
 
 def marker_ids(tokenizer: Tokenizer, name: str, text: str) -> list[int]:
@@ -83,7 +106,10 @@ def marker_ids(tokenizer: Tokenizer, name: str, text: str) -> list[int]:
     Raises:
         ValueError: it has no tokens, or the tokenizer cannot write it; `name` says which text it is.
     """
-    ids = encode(tokenizer, text)
+    try:
+        ids = encode(tokenizer, text)
+    except ValueError as error:
+        raise ValueError(f"{name}={text!r}: {error}") from None
     if not ids:
         raise ValueError(f"{name}={text!r} gives no tokens; it must be a non-empty string")
     if decode(tokenizer, ids) != text:
@@ -189,16 +215,19 @@ def bytes_of(tokenizer: Tokenizer, ids: Sequence[int]) -> list[bytes]:
     return [table[number] if number < len(table) else b"" for number in ids]
 
 
-def chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> list[int]:
+def chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> list[int]:
     """Token ids of a conversation as the model's chat template writes it, which brings the BOS where there is one.
+
+    The beginning of the assistant's answer follows. If the last message is the assistant's, its text is that beginning:
+    its turn stays open.
 
     Args:
         tokenizer: from `load`.
         messages: [{"role": "user", "content": "hello"}, ...].
-        add_generation_prompt: whether the beginning of the assistant's answer follows.
 
     Raises:
-        ValueError: the tokenizer is of no folder, that has no chat template, or the template refuses the messages.
+        ValueError: the tokenizer is of no folder, that has no chat template, the template refuses the messages, or it
+            does not write the text of the message that is to be continued.
     """
     import jinja2
 
@@ -210,10 +239,18 @@ def chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], add_genera
     if template.chat_template is None:
         raise ValueError(f"{folder} has no chat template (chat_template.jinja, or in tokenizer_config.json): this is a "
                          "base model")
+    begun = messages[-1]["role"] in ASSISTANT
+    if begun and not messages[-1]["content"].strip():
+        raise ValueError("the chat ends with an empty message of the assistant, which begins no answer; remove it")
     try:
-        text = template.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        text = template.apply_chat_template(messages, tokenize=False, add_generation_prompt=not begun,
+                                            continue_final_message=begun)
     except jinja2.TemplateError as error:
         raise ValueError(f"the chat template of {folder} refuses the messages: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"the chat template of {folder} leaves the assistant's last message no text that could be "
+                         f"continued: {' '.join(str(error).split())[:200]}") from None
+    check_unicode(text)
     return tokenizer.encode(text, add_special_tokens=False).ids
 
 

@@ -175,6 +175,31 @@ def test_a_chat_is_written_by_the_template_and_told_as_messages(chat_model, tiny
     assert reply.prompt == chats[1] and reply.finished
 
 
+def test_a_chat_that_ends_with_the_assistant_is_continued_or_refused(chat_model, tiny_tokenizer, tmp_path):
+    """By hand: the turn is left open, and nothing is asked for a second time."""
+    chats = [[{"role": "user", "content": "hi"}, {"role": "assistant", "content": "well, "}],
+             [{"role": "user", "content": "yo"}]]
+    source = jsonl(tmp_path / "a.jsonl", [{"prompt": chat} for chat in reversed(chats)])
+    with pytest.raises(ValueError, match="a.jsonl', line 2: the chat ends with .*assistant.*env.prefill='continue'"):
+        stage(chat_model, openings=source, end="")
+    made = stage(chat_model, openings=source, end="", eos=frozenset({END}), prefill="continue")
+    tokens, start = made.env.openings
+    assert [row[first:].tolist() for row, first in zip(tokens, start, strict=True)] == [
+        tiny_tokenizer.encode(chat).ids for chat in ("<user>yo<|start|><assistant>",
+                                                     "<user>hi<|start|><assistant>well, ")]
+    reply = made.env.read(made.transcript(made.play([*made.ids("fine"), END]), row=1))[0]
+    assert (reply.prompt, reply.text, reply.finished) == (chats[0], "fine", True)
+
+
+def test_a_gold_answer_is_refused_in_every_form_of_a_chat(chat_model, tmp_path):
+    for chat in ([{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yes"}],
+                 [{"role": "user", "content": "hi"}, {"role": "model", "content": "yes"}],
+                 [{"role": "user", "content": "hi"},
+                  {"role": "assistant", "content": [{"type": "text", "text": "yes"}]}]):
+        with pytest.raises(ValueError, match="line 1: the chat ends with a message of the assistant"):
+            stage(chat_model, openings=jsonl(tmp_path / "a.jsonl", [{"prompt": chat}]))
+
+
 def test_chats_need_a_template(chat_model, tiny_tokenizer, tmp_path):
     source = jsonl(tmp_path / "a.jsonl", [{"prompt": [{"role": "user", "content": "hi"}]}])
     with pytest.raises(ValueError, match="a.jsonl', line 1: this tokenizer was not loaded from a model folder"):
@@ -186,8 +211,11 @@ def test_chats_need_a_template(chat_model, tiny_tokenizer, tmp_path):
 
 def test_settings_that_cannot_work_are_named(tiny_tokenizer, tmp_path):
     turns = jsonl(tmp_path / "a.jsonl", [{"prompt": ["hi", "yo"]}])
+    texts = jsonl(tmp_path / "b.jsonl", [{"prompt": "hi"}])
     for settings, words in (({"opening": ""}, "env.opening=''"), ({"openings": "held_out"}, "teacher_student"),
-                            ({"openings": turns}, "'prompt' is a list of turns, which env.name='teacher_student'")):
+                            ({"openings": turns}, "'prompt' is a list of turns, which env.name='teacher_student'"),
+                            ({"prefill": "yes"}, "env.prefill='yes': choose '' or 'continue'"),
+                            ({"openings": texts, "prefill": "continue"}, "env.prefill='continue'.*'prompt' is a text")):
         with pytest.raises(ValueError, match=words):
             stage(tiny_tokenizer, **settings)
     with pytest.raises(ValueError, match=r"env.end='\\n' gives no tokens"):

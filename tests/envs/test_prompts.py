@@ -6,7 +6,11 @@ import sys
 import types
 
 import datasets
+import PIL.Image
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kl_reg import config as configs
 from kl_reg.envs import prompts
@@ -51,8 +55,9 @@ def test_every_source_of_the_same_rows_gives_the_same(tmp_path, rows):
     jsonl(tmp_path / "lines/test.jsonl", rows[:1])
     (tmp_path / "parquet").mkdir()
     table.to_parquet(tmp_path / "parquet/train.parquet")
+    (tmp_path / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
     sources = [jsonl(tmp_path / "rows.jsonl", rows), tmp_path / "table", tmp_path / "splits", tmp_path / "lines",
-               tmp_path / "parquet"]
+               tmp_path / "parquet", tmp_path / "parquet/train.parquet", tmp_path / "rows.json"]
     want, others = [row["prompt"] for row in rows], [{k: row[k] for k in row if k != "prompt"} for row in rows]
     digest = hashlib.sha256(json.dumps([want, others], sort_keys=True).encode()).hexdigest()
     for source in sources:
@@ -60,6 +65,58 @@ def test_every_source_of_the_same_rows_gives_the_same(tmp_path, rows):
         assert (read.prompts, read.columns, read.digest()) == (want, others, digest), source
     for source in ("splits", "lines"):
         assert prompts.read(settings(tmp_path / source, split="test")).prompts == want[:1]
+
+
+def test_a_csv_file_is_a_table_of_texts_and_numbers(tmp_path):
+    (tmp_path / "a.csv").write_text('prompt,answer\nhi,3\n"what, is\nup?",4\n', encoding="utf-8")
+    read = prompts.read(settings(tmp_path / "a.csv"))
+    assert (read.prompts, read.columns) == (["hi", "what, is\nup?"], [{"answer": 3}, {"answer": 4}])
+    assert prompts.read(settings(tmp_path / "a.csv", split="train[:1]")).prompts == ["hi"]
+    (tmp_path / "b.csv").write_text("prompt,answer\nhi,3\n,4\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="b.csv', row 2: 'prompt' is 'None'; accepted"):
+        prompts.read(settings(tmp_path / "b.csv"))
+
+
+TURNS = [("user", "hi"), ("assistant", "yes"), ("user", "why?")]
+MESSAGES = [{"role": role, "content": content} for role, content in TURNS]
+
+
+@pytest.mark.parametrize("chat", [
+    MESSAGES, [{"from": {"user": "human", "assistant": "gpt"}[role], "value": content} for role, content in TURNS],
+    [{"role": role, "content": [{"type": "text", "text": part} for part in (content[:1], content[1:])]}
+     for role, content in TURNS]], ids=["messages", "ShareGPT", "parts"])
+def test_chats_in_the_forms_that_data_has_them(tmp_path, chat):
+    rows = [{"prompt": chat}]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
+    for source in (jsonl(tmp_path / "a.jsonl", rows), tmp_path / "a.parquet"):
+        read = prompts.read(settings(source))
+        assert (read.kind, read.prompts) == (prompts.CHAT, [MESSAGES])
+
+
+def test_what_a_message_says_besides_is_kept(tmp_path):
+    rows = [{"prompt": [{"from": "human", "value": "hi", "weight": 1}]},
+            {"prompt": [{"role": "user", "content": "hi", "name": "Ann"}]}]
+    assert prompts.read(settings(jsonl(tmp_path / "a.jsonl", rows))).prompts == [
+        [{"role": "user", "content": "hi", "weight": 1}], [{"role": "user", "content": "hi", "name": "Ann"}]]
+
+
+@given(st.text(max_size=8), st.characters(categories=["Cs"]), st.text(max_size=8),
+       st.sampled_from(["text", "turns", "chat", "ShareGPT", "parts"]))
+def test_half_of_a_surrogate_pair_is_named_with_its_line(tmp_path_factory, before, half, after, form):
+    broken = before + half + after
+    prompt, good = {"text": (broken, "a"), "turns": (["a", broken], ["a"]),
+                    "chat": ([{"role": "user", "content": broken}], MESSAGES),
+                    "ShareGPT": ([{"from": "human", "value": broken}], MESSAGES),
+                    "parts": ([{"role": "user", "content": [{"type": "text", "text": broken}]}], MESSAGES)}[form]
+    file = tmp_path_factory.getbasetemp() / "surrogates.jsonl"
+    file.write_text("".join(json.dumps({"prompt": x}) + "\n" for x in (good, prompt)), encoding="utf-8")
+    with pytest.raises(ValueError, match="surrogates.jsonl', line 2: 'prompt': half of a surrogate pair"):
+        prompts.read(settings(file))
+
+
+def test_a_whole_surrogate_pair_is_a_character(tmp_path):
+    (tmp_path / "a.jsonl").write_text(r'{"prompt": "hi \ud83d\ude00"}', encoding="utf-8")
+    assert prompts.read(settings(tmp_path / "a.jsonl")).prompts == ["hi 😀"]
 
 
 def made(monkeypatch, name, rows):
@@ -79,7 +136,7 @@ def test_rows_of_a_function_are_as_those_of_a_file(tmp_path, monkeypatch, rows):
 
 
 @pytest.mark.parametrize(("openings", "function", "words"), [
-    ("made.csv", list, "cannot be imported: .*choose 'fixed'.*.jsonl file"),
+    ("made.tsv", list, "cannot be imported: .*choose 'fixed'.*.jsonl"),
     ("made.nothing", list, "cannot be imported: .*no attribute 'nothing'"),
     ("missing_module.problems", list, "cannot be imported: No module named 'missing_module'; choose"),
     ("made.problems", lambda count: [], "called without arguments: TypeError: .*'count'"),
@@ -108,8 +165,28 @@ def test_the_digest_is_of_prompts_and_columns():
               one._replace(columns=[{"y": datetime.date(2024, 1, 2)}])]
     assert len({rows.digest() for rows in (one, *others)}) == 4
     assert one.digest() == one._replace(places=["line 7"]).digest()
-    with pytest.raises(ValueError, match="holds object"):
-        one._replace(columns=[{"x": object()}]).digest()
+
+
+@pytest.mark.parametrize(("value", "kind"), [
+    (object(), "object"), (torch.tensor([1, 2]), "torch.Tensor"), ([{"deep": torch.tensor(1)}], "list"),
+    (PIL.Image.new("RGB", (2, 2)), "PIL.Image.Image"), ({(1, 2): 3}, "dict"), ({1, 2}, "set")])
+def test_a_column_that_has_no_fingerprint_is_named(value, kind):
+    rows = prompts.Rows(prompts.TEXT, ["a", "b"], [{"good": 1, "picture": 3}, {"good": 2, "picture": value}],
+                        ["line 1", "line 7"])
+    with pytest.raises(ValueError, match=f"the column 'picture' holds {kind} in line 7, .*remove the column"):
+        rows.digest()
+
+
+def test_a_dataset_in_another_format_is_read_or_its_column_named(tmp_path):
+    table = datasets.Dataset.from_list([{"prompt": "hi", "answer": 3}])
+    for kind, words in (("torch", "'answer' holds torch.Tensor in row 1"), ("numpy", None)):
+        table.with_format(kind).save_to_disk(tmp_path / kind)
+        read = prompts.read(settings(tmp_path / kind))
+        if words is None:
+            assert read.digest() == prompts.Rows(prompts.TEXT, ["hi"], [{"answer": 3}], ["row 1"]).digest()
+            continue
+        with pytest.raises(ValueError, match=words):
+            read.digest()
 
 
 def test_a_dataset_of_the_hub_is_asked_for_by_name_subset_and_revision(monkeypatch):
@@ -146,6 +223,12 @@ MESSAGE = {"role": "user", "content": "hi"}
     ('{"prompt": []}\n', r"line 1: 'prompt' is '\[\]'"),
     ('{"prompt": [{"role": "user"}]}\n', "line 1: 'prompt' is"),
     (json.dumps({"prompt": [MESSAGE | {"content": None}]}), "line 1: 'prompt' is"),
+    (json.dumps({"prompt": [MESSAGE, MESSAGE | {"content": [{"type": "image_url", "image_url": "x"}]}]}),
+     r"line 1: 'prompt': message 2 has a part that is no text \('image_url'\); accepted are parts {\"type\": \"text\""),
+    (json.dumps({"prompt": [{"from": "bing", "value": "hi"}]}),
+     "line 1: 'prompt': turn 1 is from 'bing'; known are human, gpt, .*convert the chat to messages"),
+    (json.dumps({"prompt": [{"from": "human", "value": None}]}), "line 1: 'prompt' is"),
+    (json.dumps({"prompt": [MESSAGE, {"from": "human", "value": "a"}]}), "line 1: 'prompt' is"),
     (json.dumps({"prompt": "a"}) + "\n" + json.dumps({"prompt": [MESSAGE]}),
      "'prompt' is a text in line 1 and a chat in line 2"),
     *((json.dumps({"prompt": "a", name: 1}), f"rename {name}")
@@ -157,14 +240,16 @@ def test_a_file_that_cannot_be_used_is_named_with_its_line(tmp_path, content, wo
 
 
 def test_sources_that_are_none_are_named(tmp_path, monkeypatch):
-    for missing in ("a.txt", "a.jsonl", "a/b/c"):
+    for missing in ("a.txt", "a.jsonl", "a.csv", "a.json", "a.parquet", "a/b/c"):
         with pytest.raises(FileNotFoundError, match=f"{missing}"):
             prompts.read(settings(tmp_path / missing))
-    (tmp_path / "a.csv").write_text("prompt\nhi\n")
+    (tmp_path / "a.tsv").write_text("prompt\nhi\n")
     monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="env.openings='none.csv': missing; choose"):
+        prompts.read(settings("none.csv"))
     (tmp_path / "latin.txt").write_bytes(b"\xe9t\xe9\n")
-    for source, words in ((tmp_path / "a.csv", "'fixed'.*'held_out'.*.jsonl.*dotted path"),
-                          ("a.csv", "'a.csv': not accepted"), ("mine", "env.openings='mine'.*fixed"),
+    for source, words in ((tmp_path / "a.tsv", "'fixed'.*'held_out'.*.jsonl, .json, .csv or .parquet.*dotted path"),
+                          ("a.tsv", "'a.tsv': not accepted"), ("mine", "env.openings='mine'.*fixed"),
                           (tmp_path / "latin.txt", "is not UTF-8")):
         with pytest.raises(ValueError, match=words):
             prompts.read(settings(source))

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+from transformers import AutoTokenizer
 
 from kl_reg.models import folders, tokenizer
 
@@ -243,10 +244,53 @@ def chat_folder(tmp_path_factory):
 def test_a_conversation_is_written_by_the_chat_template(chat_folder, mistral):
     user, assistant = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}
     asked = ["<s>", "[", "INST", "]", "▁hi", "▁[", "/", "INST", "]"]
-    for messages, prompt, tokens in (([user], True, [*asked, "▁So"]),
-                                     ([user, assistant], False, [*asked, "▁yes", "</s>"])):
-        ids = tokenizer.chat(tokenizer.load(chat_folder), messages, add_generation_prompt=prompt)
+    for messages, tokens in (([user], [*asked, "▁So"]), ([user, assistant], [*asked, "▁yes"]),
+                             ([user, assistant, user], [*asked, "▁yes", "</s>", *asked[1:], "▁So"])):
+        ids = tokenizer.chat(tokenizer.load(chat_folder), messages)
         assert [mistral.id_to_token(i) for i in ids] == tokens
+
+
+TRIMS = TEMPLATE.replace("{{ m.content }}", "{{ m.content | trim }}")
+CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
+          "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
+
+
+def template_of(folder, tiny_tokenizer, template):
+    """A folder with that chat template."""
+    tiny_tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps({
+        "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|start|>", "chat_template": template}),
+        encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, TRIMS, CHATML], ids=["mistral", "trims", "chatml"])
+def test_a_prefill_is_left_open_as_transformers_does_it(tiny_tokenizer, tmp_path, template):
+    folder = template_of(tmp_path, tiny_tokenizer, template)
+    oracle, words = AutoTokenizer.from_pretrained(folder), tokenizer.load(folder)
+    for answer in ("The answer is", " 4, because ", "yes\n", "<think>\n2 + 2", "hi"):
+        messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": answer}]
+        want = oracle.apply_chat_template(messages, continue_final_message=True, return_dict=False)
+        assert tokenizer.chat(words, messages) == want
+        assert tokenizer.decode(words, want).endswith(answer.strip() if template == TRIMS else answer)
+
+
+def test_a_prefill_that_cannot_be_continued_is_refused(tiny_tokenizer, tmp_path):
+    template = TEMPLATE.replace(" {{ m.content }}{{ eos", "{{ m.content[:3] }}{{ eos")
+    words = tokenizer.load(template_of(tmp_path, tiny_tokenizer, template))
+    for answer, reason in (("", "ends with an empty message"), (" \n", "ends with an empty message"),
+                           ("a long answer", f"template of {tmp_path} leaves the assistant's last message no text")):
+        with pytest.raises(ValueError, match=reason):
+            tokenizer.chat(words, [{"role": "user", "content": "hi"}, {"role": "assistant", "content": answer}])
+
+
+def test_half_of_a_surrogate_pair_is_no_text(tiny_tokenizer):
+    for write in (tokenizer.opening, tokenizer.encode):
+        with pytest.raises(ValueError, match=r"half of a surrogate pair, '\\ud83d', is no character"):
+            write(tiny_tokenizer, "hi \ud83d")
+    with pytest.raises(ValueError, match=r"env.end='\\udcff': half of a surrogate pair"):
+        tokenizer.marker_ids(tiny_tokenizer, "env.end", "\udcff")
 
 
 def test_the_folder_of_a_chat_is_read_once(chat_folder, tmp_path):

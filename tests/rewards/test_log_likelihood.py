@@ -72,6 +72,17 @@ def test_a_chat_is_read_by_the_models_template(tiny_folder, torch_model, tmp_pat
     assert out.total[0] == pytest.approx(expected(torch_model, before, said), abs=1e-4)
 
 
+def test_a_prefill_is_read_as_the_beginning_of_the_completion(tiny_folder, torch_model, tmp_path):
+    shutil.copytree(tiny_folder, tmp_path / "chat")
+    (tmp_path / "chat/tokenizer_config.json").write_text(json.dumps({
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "chat_template": "{% for m in messages %}<{{ m.role }}> {{ m.content }}\n{% endfor %}"}), encoding="utf-8")
+    reward, words = rewards.of(module.log_likelihood(str(tmp_path / "chat"))), tokenizer.load(tmp_path / "chat")
+    before, said = tokenizer.encode(words, "<assistant> I am"), tokenizer.encode(words, " good")
+    out = rewards.score(reward, [reply(" good", prompt=[{"role": "assistant", "content": "I am"}])])
+    assert out.total[0] == pytest.approx(expected(torch_model, before, said), abs=1e-4)
+
+
 def test_a_chat_without_a_template_and_a_text_beyond_the_context_are_named(reward):
     for bad, message in ((reply(prompt=[{"role": "user", "content": "hi"}]), "no chat template"),
                          (reply(LONG), "completion has .* tokens; .* context of 64")):
