@@ -14,9 +14,8 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from kl_reg.kl.budget import finite, tilt
 from kl_reg.kl.exact import TokenTerms, token_terms
+from kl_reg.kl.spends import SPENDS
 from kl_reg.models.reference import Measure
-
-SPENDS = ("neuron", "sampled", "greedy", "uniform")
 
 
 class Choice(NamedTuple):
@@ -67,7 +66,7 @@ def terms_of(program, choice: Choice, action: Int[Array, ""]) -> tuple[TokenTerm
     """What a token is to training, the reference's floor included; and what the ledger is charged for it, nats."""
     terms = token_terms(choice.logits, choice.log_ref, action, program.kl.config.direction == "forward")
     terms = terms._replace(log_ratio=terms.log_ratio + choice.floor, kl=terms.kl + choice.floor)
-    return terms, choice.allowance + choice.floor if program.spend == "sampled" else terms.kl
+    return terms, choice.allowance + choice.floor if SPENDS[program.spend].drawn else terms.kl
 
 
 def _inside(spend):
@@ -77,7 +76,7 @@ def _inside(spend):
 
 def draw_part(program, spend: Float[Array, ""], key: Array) -> Float[Array, ""]:
     """The part of the budget as an action: Binomial(levels, spend) / levels; 0 where it is none."""
-    if program.spend != "sampled":
+    if not SPENDS[program.spend].drawn:
         return jnp.zeros_like(spend)
     uniform = jax.random.uniform(jax.random.fold_in(key, 1), (program.levels,))
     return (uniform < jnp.broadcast_to(_inside(spend), uniform.shape)).mean()
@@ -85,7 +84,7 @@ def draw_part(program, spend: Float[Array, ""], key: Array) -> Float[Array, ""]:
 
 def part_log_prob(program, spend: Float[Array, ""], drawn: Float[Array, ""]) -> Float[Array, ""]:
     """log-probability of that action."""
-    if program.spend != "sampled":
+    if not SPENDS[program.spend].drawn:
         return jnp.zeros_like(spend)
     count, spend = jnp.round(drawn * program.levels), _inside(spend)
     ways = gammaln(program.levels + 1.0) - gammaln(count + 1) - gammaln(program.levels - count + 1)
@@ -100,6 +99,4 @@ def part_of(program, spend: Float[Array, ""], drawn: Float[Array, ""], position:
         drawn: of `draw_part`.
         position: tokens of the episode before this one, whoever wrote them.
     """
-    if program.spend == "uniform":
-        return 1 / jnp.maximum(program.env.length - position, 1).astype(jnp.float32)
-    return {"neuron": spend, "sampled": drawn, "greedy": jnp.ones_like(spend)}[program.spend]
+    return SPENDS[program.spend].fraction(spend, drawn, jnp.maximum(program.env.length - position, 1))

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict, config_dict
 
 from kl_reg import losses
 from kl_reg.kl.estimators import KLConfig
+from kl_reg.kl.spends import SPENDS
 from kl_reg.types import Hyper
 
 HYPER = {"kl.coef": "kl_coef", "kl.target": "kl_target", "kl.horizon": "kl_horizon", "kl.rate": "kl_rate",
@@ -165,7 +166,8 @@ def _kl():
     kl.token_budget = config_dict.placeholder(float)    # hard, nats per token of the agent
     kl.carry = False               # what a turn or a token leaves of its budget is added to the later ones'
     kl.spend = "neuron"            # part of what is left that a token may spend: its output; "sampled": drawn
-    #                                around it; "greedy": all; "uniform": an even share of the tokens to come
+    #                                around it; "greedy": all; "uniform": an even share of the tokens to come. Where it
+    #                                is drawn, a penalty needs an estimator that prices the draw: docs/kl.md
     return kl
 
 
@@ -221,10 +223,15 @@ class Static:
 
 
 def kl_config(config: ConfigDict) -> KLConfig:
-    """The KL contract of a configuration; it counts at the sampler's temperature."""
+    """The KL contract of a configuration; it counts at the sampler's temperature.
+
+    Raises:
+        ValueError: kl.spend is unknown.
+    """
     kl = config.kl
+    limited = any(kl[key.split(".")[1]] is not None for key in BUDGETS)
     return KLConfig(kl.direction, kl.estimator, kl.placement, kl.reduction, config.sampling.temperature,
-                    kl.allow_biased)
+                    kl.allow_biased, drawn=SPENDS[kl.spend].drawn and limited)
 
 
 def flat(config: ConfigDict) -> dict:

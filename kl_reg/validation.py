@@ -7,7 +7,6 @@ from ml_collections import ConfigDict
 
 from kl_reg import advantages, envs, losses, parallel, rewards, runs
 from kl_reg.analysis.groups import compile_expressions
-from kl_reg.choice import SPENDS
 from kl_reg.config import BUDGETS, HYPER, default, flat, kl_config, members, override
 from kl_reg.kl import controllers, estimators
 from kl_reg.kl.references import CUTS
@@ -182,8 +181,6 @@ def _validate_kl(config, values, given):
     if contract.placement == "full" and config.rl.discount != 1 and (kl.coef or kl.controller != "fixed"):
         raise ValueError(f"kl.placement='full' with rl.discount={config.rl.discount}: its two halves would be "
                          "discounted differently; use rl.discount=1.0, or estimator='k1' with placement='reward'")
-    if kl.spend not in SPENDS:
-        raise ValueError(f"kl.spend={kl.spend!r} is unknown; choose one of {', '.join(SPENDS)}")
     if kl.spend != "neuron" and not given:
         raise ValueError(f"kl.spend={kl.spend!r} without a budget has no effect; set one of {', '.join(BUDGETS)}")
     if kl.carry and kl.turn_budget is None and kl.token_budget is None:
@@ -206,22 +203,18 @@ def _validate_sampling(config):
 
 
 def _validate_reference(config):
-    settings, kl = config.reference, config.kl
-    reference.REFERENCES[settings.name]  # noqa: B018 - raises for an unknown name
-    wanted = {"base": (0, 0), "ema": (0, 0), "sync": (0, 0), "checkpoint": (1, 1), "mixture": (2, math.inf),
-              "pessimistic": (2, math.inf)}
-    if settings.name in wanted:
-        low, high = wanted[settings.name]
-        if not low <= len(settings.paths) <= high:
-            text = {0: "none", 1: "one", 2: "two model folders or more"}[low]
-            raise ValueError(f"reference.paths={tuple(settings.paths)!r} with reference.name={settings.name!r}: give "
-                             f"{text}")
+    settings = config.reference
+    facts = reference.REFERENCES.facts(settings.name)
+    low, high = facts["paths"]
+    if not low <= len(settings.paths) <= high:
+        text = {0: "none", 1: "one", 2: "two model folders or more"}.get(low, f"at least {low}")
+        raise ValueError(f"reference.paths={tuple(settings.paths)!r} with reference.name={settings.name!r}: give "
+                         f"{text}")
     if settings.cut not in CUTS:
         raise ValueError(f"reference.cut={settings.cut!r} is unknown; choose one of {', '.join(CUTS)}")
-    if settings.name == "pessimistic" and (kl.direction == "forward" or kl.reduction == "sequence"):
-        raise ValueError("reference.name='pessimistic' is a semi-distribution: use kl.direction='reverse' and "
-                         "kl.reduction='token'")
-    if settings.name in ("ema", "sync") and any(flat(config)[key] is not None for key in BUDGETS):
+    if not facts["proper"]:
+        estimators.check_semi(kl_config(config))
+    if facts["follows"] and any(flat(config)[key] is not None for key in BUDGETS):
         raise ValueError(f"reference.name={settings.name!r} with a hard budget: what the policy does depends on its "
                          "ledger, and its proposal would become a reference that no budget holds; use a penalty")
     for path in settings.paths:

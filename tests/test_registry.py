@@ -55,3 +55,30 @@ def test_a_broken_dotted_path_says_what_is_missing(colours, path, words):
     with pytest.raises(ValueError, match="paint.colour=") as error:
         colours[path]
     assert words in str(error.value)
+
+
+def test_facts_are_those_of_the_registration_or_the_ones_for_who_states_none():
+    registry = Registry("paint.colour", warm=False, price=1.0)
+    registry.register("red", 1, warm=True)
+    registry.register("blue", 2)
+    assert registry.facts("red") == {"warm": True, "price": 1.0}
+    assert registry.facts("blue") == registry.facts("math.sqrt") == {"warm": False, "price": 1.0}
+    with pytest.raises(ValueError, match="paint.colour='green' is unknown"):
+        registry.facts("green")
+
+
+def test_an_unknown_fact_is_refused(colours):
+    with pytest.raises(ValueError, match="'green' states warm; a paint.colour can state nothing"):
+        colours.register("green", 3, warm=True)
+    assert colours.names() == ["blue", "red"]
+
+
+def test_a_module_may_register_what_a_path_names(tmp_path, monkeypatch):
+    """Its facts are found by the path, before and after the import."""
+    (tmp_path / "paints.py").write_text("import registered\npink = 5\n"
+                                        "registered.colours.register(f'{__name__}.pink', pink, warm=True)\n")
+    (tmp_path / "registered.py").write_text("from kl_reg.registry import Registry\n"
+                                            "colours = Registry('paint.colour', warm=False)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    import registered
+    assert registered.colours.facts("paints.pink") == {"warm": True} and registered.colours["paints.pink"] == 5

@@ -196,7 +196,7 @@ def batched(function: Callable, transcript: Transcript, seed: int) -> np.ndarray
 
 
 def _drawn(pair):
-    return any(team.program.constrained and team.program.spend == "sampled" for side in pair for team in side.teams)
+    return any(team.program.kl.config.drawn for side in pair for team in side.teams)
 
 
 def _named(side):

@@ -86,7 +86,7 @@ def _check(side):
         if not team.program.reference.is_base:
             raise ValueError(f"{side.name}: reference.name={side.config.reference.name!r}; the optimum is that of "
                              "KL to the base model")
-        if team.program.constrained and team.program.spend == "sampled":
+        if team.program.kl.config.drawn:
             raise ValueError(f"{side.name}: with kl.spend='sampled' the probability of an episode is not known")
 
 

@@ -1,6 +1,7 @@
 """The settings of a sweep, members that differ in their seed alone: what each is called, aims at and is measured to."""
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -130,7 +131,8 @@ def _setting(own, words, reference, named):
     kl, penalised = own.kl, _penalised(own.kl)
     caps = {key: value for key in BUDGETS if (value := configs.flat(own)[key]) is not None}
     follows = penalised and kl.controller in NEEDS and "kl.target" in _reads(kl)
-    contract = estimators.build(configs.kl_config(own))
+    # Whatever was trained is shown, and what is not sound with a warning.
+    contract = estimators.build(dataclasses.replace(configs.kl_config(own), allow_biased=True))
     aims = [kl.target] if follows and kl.direction == "reverse" else []
     aims += [kl.budget] if kl.budget is not None else []
     kind = "budget" if caps else "controlled" if penalised and kl.controller != "fixed" else "coef"

@@ -145,6 +145,8 @@ def _open_run(name, address, config, model, openings, batch):
 
 
 def _plan(name, config, model, openings):
+    config = ConfigDict(config.copy_and_resolve_references())
+    config.kl.allow_biased = True                                        # whatever it was trained on
     try:
         return sweep.plan(config, model, losses.LOSSES["reinforce"])     # nothing is trained: its own may be gone
     except ValueError as error:

@@ -35,6 +35,8 @@ SQUARES = "E_beta[L^2] / 2 in place of the KL"
 MIXED = "E_beta[L^2] / 2 on top of D(beta || pi)"
 PATHWISE = "the pathwise part of its value alone, which is no divergence's gradient"
 SCORE = "the gradient of its value without the pathwise part"
+HELD = ", the drawn budget fractions held"
+"""Added to what a combination descends where the policy's log-probability of the fractions gets no gradient from it."""
 
 
 class Effect(NamedTuple):
@@ -59,13 +61,31 @@ class Estimator(NamedTuple):
     """`of_ratio` is k(L), elementwise; None: exact, from the whole vocabulary.
 
     `weighted` multiplies by pi / pi_old, differentiated: the gradient is then that of the expected value. `effects` is
-    keyed by (direction, placement, reduction); what has no entry does not exist.
+    keyed by (direction, placement, reduction); what has no entry does not exist. `inverse_ratio` is the factor of
+    e^{-L} in k(L): its mean falls short of 1 by the missing mass of a semi-distribution, and that many times this mass
+    is added to the value. None: not stated, so only for proper references.
     """
 
     of_ratio: Callable | None
     value: Value
     effects: dict[tuple[str, str, str], Effect]
     weighted: bool = False
+    inverse_ratio: float | None = None
+
+    def effect(self, config: KLConfig) -> Effect | None:
+        """The effect of that configuration; None: the combination does not exist.
+
+        Where the budget fraction is drawn too, it decides what D_t is, and only log-probabilities of both actions carry
+        its price: the reward reaches them, and so does a loss that is weighted with pi / pi_old. Any other loss holds
+        the fractions as they were drawn.
+        """
+        effect = self.effects.get((config.direction, config.placement, config.reduction))
+        held = config.drawn and config.placement == "loss" and self.of_ratio is not None and not self.weighted
+        if effect is None or not held or effect.descends == NOTHING:
+            return effect
+        return Effect(effect.descends + HELD, effect.refused or (
+            "leaves the drawn budget fraction without a price (kl.spend draws it, and its log-probability gets no "
+            "gradient from this loss)"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +93,8 @@ class KLConfig:
     """How the KL is penalised; hashable. `temperature` is the sampling temperature that it counts at, of pi and beta.
 
     `reduction`: the estimator of each token, or of the sequence's summed L. `allow_biased` accepts what is refused.
+    `drawn`: whether each token's budget fraction is an action beside it (`kl_reg.kl.spends`). KL is then that of the
+    token given the fraction, and policies draw both.
     """
 
     direction: str = "reverse"
@@ -81,6 +103,7 @@ class KLConfig:
     reduction: str = "token"
     temperature: float = 1.0
     allow_biased: bool = False
+    drawn: bool = False
 
 
 class KL(NamedTuple):
@@ -90,6 +113,7 @@ class KL(NamedTuple):
     loss(terms, missing, weight, mask): added to the loss, times the coefficient; weight = pi / pi_old.
     value(terms, missing): the estimate of each token, as the log shows it; any shape.
     exact(terms): the divergence itself of each token, in the same direction: what controllers read; any shape.
+    exact_in_loss: whether `loss` has a gradient in it.
     `missing` is the mass that a semi-distribution lacks, 0 for a proper reference.
     """
 
@@ -99,6 +123,7 @@ class KL(NamedTuple):
     loss: Callable
     value: Callable
     exact: Callable
+    exact_in_loss: bool
 
     def label(self) -> str:
         """For plots: what is penalised, where, and a warning where it is not sound."""
@@ -144,34 +169,37 @@ ESTIMATORS.register("k1", Estimator(k1, Value(True, False), _effects({
     ("reverse", "reward", _EITHER): Effect(EPISODE),
     ("reverse", "loss", _EITHER): Effect(NOTHING, "has zero expected gradient, because E_pi[grad log pi] = 0"),
     ("forward", "reward", _EITHER): _IN_REWARD,
-    ("forward", "loss", _EITHER): Effect(MIXED, "descends D(beta || pi) and E_beta[L^2] / 2 at once")})))
+    ("forward", "loss", _EITHER): Effect(MIXED, "descends D(beta || pi) and E_beta[L^2] / 2 at once")}),
+    inverse_ratio=0.0))
 ESTIMATORS.register("k2", Estimator(k2, Value(False, True), _effects({
     ("reverse", "loss", "token"): Effect(TOKEN),
     ("reverse", "loss", "sequence"): Effect(EPISODE),
     ("reverse forward", "reward", _EITHER): _IN_REWARD,
-    ("forward", "loss", _EITHER): Effect(PATHWISE, "descends no divergence")})))
+    ("forward", "loss", _EITHER): Effect(PATHWISE, "descends no divergence")}), inverse_ratio=0.0))
 ESTIMATORS.register("k3", Estimator(k3, Value(True, True), _effects({
     ("reverse", "loss", "token"): Effect(TOKEN_FORWARD),
     ("reverse", "loss", "sequence"): Effect(EPISODE_FORWARD),
     ("reverse forward", "reward", _EITHER): _IN_REWARD,
-    ("forward", "loss", _EITHER): Effect(SQUARES, "descends E_beta[L^2] / 2, not D(beta || pi)")})))
+    ("forward", "loss", _EITHER): Effect(SQUARES, "descends E_beta[L^2] / 2, not D(beta || pi)")}),
+    inverse_ratio=1.0))
 ESTIMATORS.register("k3_weighted", Estimator(k3, Value(True, True), _effects({
     ("reverse", "loss", "token"): Effect(TOKEN),
     ("reverse", "loss", "sequence"): Effect(EPISODE),
     ("forward", "loss", "token"): Effect(TOKEN_FORWARD),
     ("forward", "loss", "sequence"): Effect(EPISODE_FORWARD),
-    ("reverse forward", "reward", _EITHER): _IN_REWARD}), weighted=True))
+    ("reverse forward", "reward", _EITHER): _IN_REWARD}), weighted=True, inverse_ratio=1.0))
 ESTIMATORS.register("absolute", Estimator(absolute, Value(False, True), _effects({
     ("reverse", "loss", _EITHER): Effect(VARIATION, "descends the total variation, not the KL"),
     ("forward", "loss", _EITHER): Effect(PATHWISE, "descends no divergence"),
-    ("reverse forward", "reward", _EITHER): _IN_REWARD})))
+    ("reverse forward", "reward", _EITHER): _IN_REWARD}), inverse_ratio=0.0))
 ESTIMATORS.register("exact", Estimator(None, Value(True, True), _effects({
     ("reverse", "full", "token"): Effect(EPISODE),
     ("reverse", "loss", "token"): Effect(TOKEN),
     ("forward", "full", "token"): Effect(VISITED_FORWARD),
     ("forward", "loss", "token"): Effect(TOKEN_FORWARD),
     ("reverse forward", "reward", "token"): Effect(
-        SCORE, "prices nothing at the token itself, because D_t does not depend on the drawn action")})))
+        SCORE, "gives the token that it prices no gradient, because D_t does not depend on which token is drawn")}),
+    inverse_ratio=0.0))
 
 
 def canonical(estimator: str | int) -> str:
@@ -199,17 +227,35 @@ def build(config: KLConfig) -> KL:
         if getattr(config, name) not in choices:
             raise ValueError(f"kl.{name}={getattr(config, name)!r} is unknown; choose one of {', '.join(choices)}")
     config = dataclasses.replace(config, estimator=canonical(config.estimator))
-    estimator, key = ESTIMATORS[config.estimator], (config.direction, config.placement, config.reduction)
-    effect = estimator.effects.get(key) or Effect(NOTHING, "does not exist: " + _why_missing(estimator, config))
-    if effect.refused and not (config.allow_biased and key in estimator.effects):
-        sound = "; ".join(f"estimator={n!r} with placement={p!r}" + f" and reduction={r!r}" * (r != "token")
-                          for n in ESTIMATORS.names() for (d, p, r), e in ESTIMATORS[n].effects.items()
-                          if d == config.direction and not e.refused)
-        biased = ", or kl.allow_biased=True to have it all the same" * (key in estimator.effects)
+    estimator = ESTIMATORS[config.estimator]
+    exists = estimator.effect(config)
+    effect = exists or Effect(NOTHING, "does not exist: " + _why_missing(estimator, config))
+    if effect.refused and not (config.allow_biased and exists):
+        biased = ", or kl.allow_biased=True to have it all the same" * (exists is not None)
         raise ValueError(f"kl.estimator={config.estimator!r} with kl.placement={config.placement!r}, direction "
-                         f"{config.direction!r}, reduction {config.reduction!r} {effect.refused}. Use {sound}{biased} "
-                         "(docs/kl.md).")
-    return KL(config, effect, *_functions(config, estimator))
+                         f"{config.direction!r}, reduction {config.reduction!r} {effect.refused}. Use "
+                         f"{_sound(config)}{biased} (docs/kl.md).")
+    return KL(config, effect, *_functions(config, estimator),
+              exact_in_loss=estimator.of_ratio is None and config.placement != "reward")
+
+
+def check_semi(config: KLConfig) -> None:
+    """Raises a ValueError where a KL to a semi-distribution cannot be counted that way."""
+    estimator = ESTIMATORS[canonical(config.estimator)]
+    if config.direction == "forward" or config.reduction == "sequence" or estimator.inverse_ratio is None:
+        raise ValueError(f"kl.direction={config.direction!r}, kl.reduction={config.reduction!r} and kl.estimator="
+                         f"{config.estimator!r}: this reference is a semi-distribution, a part of its mass is missing; "
+                         "use 'reverse', 'token' and an estimator that states its `inverse_ratio` (docs/kl.md)")
+
+
+def _sound(config):
+    """The combinations of that direction that are not refused, as text."""
+    def is_sound(name, p, r):
+        return not ESTIMATORS[name].effect(dataclasses.replace(config, placement=p, reduction=r)).refused
+
+    return "; ".join(f"estimator={name!r} with placement={p!r}" + f" and reduction={r!r}" * (r != "token")
+                     for name in ESTIMATORS.names() for d, p, r in ESTIMATORS[name].effects
+                     if d == config.direction and is_sound(name, p, r))
 
 
 def _why_missing(estimator, config):
@@ -230,7 +276,7 @@ def _functions(config, estimator):
     def of(log_ratio, missing):
         if forward:
             return jnp.exp(-log_ratio) * of_ratio(-log_ratio)
-        return of_ratio(log_ratio) + (missing if of_ratio is k3 else 0.0)       # E[e^{-L}] = 1 - missing
+        return of_ratio(log_ratio) + (estimator.inverse_ratio or 0.0) * missing
 
     def value(terms, missing):
         return exact(terms) if of_ratio is None else of(terms.log_ratio, missing)
@@ -238,8 +284,11 @@ def _functions(config, estimator):
     def nothing(terms, missing, *rest):
         return jnp.zeros_like(terms.log_ratio)
 
-    def later(terms, missing, mask: Bool[Array, " k"]):
-        return jnp.append(jnp.where(mask, exact(terms), 0.0)[1:], 0.0)
+    def to_go(terms, missing, mask: Bool[Array, " k"]):
+        """The rewards of `full`. D_t does not depend on which token is drawn, so only later tokens' KL is a reward of
+        it. A drawn budget fraction decides D_t, so there the token's KL is a reward too."""
+        each = jnp.where(mask, exact(terms), 0.0)
+        return each if config.drawn else jnp.append(each[1:], 0.0)
 
     def whole(terms, missing, mask):
         """The sequence's estimate at its last token: every token is rewarded with it."""
@@ -251,9 +300,11 @@ def _functions(config, estimator):
             total = whole(terms, missing, mask)
             return total * jnp.where(mask, weight, 1.0).prod() if estimator.weighted else total
         each = value(terms, missing)
-        return each * weight if estimator.weighted else each
+        # The exact D_t in the loss alone: its mean over a drawn budget fraction has a gradient in the fraction, too.
+        weighted = estimator.weighted or of_ratio is None and config.drawn and config.placement == "loss"
+        return each * weight if weighted else each
 
     in_reward = whole if config.reduction == "sequence" else lambda terms, missing, mask: value(terms, missing)
-    reward, loss = {"reward": (in_reward, nothing), "loss": (nothing, in_loss), "full": (later, in_loss)}[
+    reward, loss = {"reward": (in_reward, nothing), "loss": (nothing, in_loss), "full": (to_go, in_loss)}[
         config.placement]
     return reward, loss, value, exact

@@ -19,17 +19,15 @@ from kl_reg.losses.reinforce import REINFORCE, reinforce
 from kl_reg.losses.rloo import RLOO
 from kl_reg.registry import Registry
 
-LOSSES = Registry("rl.loss")
-LOSSES.register("awr", awr)
-LOSSES.register("cispo", cispo)
-LOSSES.register("dual_clip", dual_clip)
+LOSSES = Registry("rl.loss", per_token=False)
+"""`per_token`: no token's loss depends on another token, so an update need not know all tokens before it differentiates
+the first."""
+LOSSES.register("awr", awr, per_token=True)
+LOSSES.register("cispo", cispo, per_token=True)
+LOSSES.register("dual_clip", dual_clip, per_token=True)
 LOSSES.register("gspo", gspo)
-LOSSES.register("ppo_clip", ppo_clip)
-LOSSES.register("reinforce", reinforce)
-
-PER_TOKEN = {awr, cispo, dual_clip, ppo_clip, reinforce}
-"""Those in which no token's loss depends on another token: an update need not know all tokens before it differentiates
-the first. A loss of one's own may be added."""
+LOSSES.register("ppo_clip", ppo_clip, per_token=True)
+LOSSES.register("reinforce", reinforce, per_token=True)
 
 ALGORITHMS = Registry("rl.algorithm")
 ALGORITHMS.register("awr", AWR)

@@ -28,7 +28,9 @@ class Situation(NamedTuple):
 class Scalars(nn.Module):
     """Value (reward units) and budget neuron (part of the remaining budget to spend on the next token, in (0, 1)).
 
-    The value starts at zero and the neuron at `spend_init`, both whatever the input.
+    The value starts at zero and the neuron at `spend_init`, both whatever the input. The value reads its input as a
+    constant: the remaining budget is a function of actor and budget neuron where a ledger is re-run, and what the
+    episode was worth must not move them.
     """
 
     hidden: int
@@ -38,7 +40,7 @@ class Scalars(nn.Module):
     def __call__(self, x):
         bias = nn.initializers.constant(math.log(self.spend_init / (1 - self.spend_init)))
         small = nn.Dense(1, kernel_init=nn.initializers.zeros, name="value")
-        value = small(nn.silu(nn.Dense(self.hidden, name="value_hidden")(x)))[..., 0]
+        value = small(nn.silu(nn.Dense(self.hidden, name="value_hidden")(jax.lax.stop_gradient(x))))[..., 0]
         neuron = nn.Dense(1, kernel_init=nn.initializers.zeros, bias_init=bias, name="spend")
         spend = neuron(nn.silu(nn.Dense(self.hidden, name="spend_hidden")(x)))[..., 0]
         return value, jax.nn.sigmoid(spend)

@@ -13,7 +13,8 @@ from jaxtyping import Array, Float, Int
 
 
 class Reading(NamedTuple):
-    """What one forward pass says of the next token. The proposal's logits are base_logits + gap."""
+    """What one forward pass says of the next token. The proposal's logits are base_logits + gap. The value has no
+    gradient outside the value head: it reads features and situation as constants."""
 
     base_logits: Float[Array, "... v"]
     gap: Float[Array, "... v"]

@@ -21,7 +21,9 @@ from kl_reg.models.policy import Policy, Reading
 from kl_reg.registry import Registry
 from kl_reg.types import Sampling
 
-REFERENCES = Registry("reference.name")
+REFERENCES = Registry("reference.name", proper=True, follows=False, paths=(0, math.inf))
+"""`proper`: it is a distribution, and no semi-distribution. `follows`: it moves with the policy. `paths`: the fewest
+and the most models that it is made of."""
 
 
 class Measure(NamedTuple):
@@ -225,9 +227,12 @@ def _models(settings, policy, sampling, proper, combine) -> Reference:
     return Reference(proper, False, _forget, _keep, prefill, decode, apart, observe, read)
 
 
-for _name, _kind in (("base", base), ("ema", ema), ("sync", sync), ("checkpoint", checkpoint), ("mixture", mixture),
-                     ("pessimistic", pessimistic)):
-    REFERENCES.register(_name, _kind)
+REFERENCES.register("base", base, paths=(0, 0))
+REFERENCES.register("ema", ema, follows=True, paths=(0, 0))
+REFERENCES.register("sync", sync, follows=True, paths=(0, 0))
+REFERENCES.register("checkpoint", checkpoint, paths=(1, 1))
+REFERENCES.register("mixture", mixture, paths=(2, math.inf))
+REFERENCES.register("pessimistic", pessimistic, proper=False, paths=(2, math.inf))
 
 
 def build(settings: ConfigDict, policy: Policy, sampling: Sampling, start) -> Reference:

@@ -29,8 +29,8 @@ from kl_reg.types import Episodes, Frozen, Hyper, Sampling, TrainState
 class Program(NamedTuple):
     """The objects that the static settings name, and the settings that rollout and step read.
 
-    `cpu`: whether it is made for one. `axis` is that of the devices of which each runs this program on `episodes` of
-    its own; None: there is one.
+    `per_token`: whether the loss says so (`losses.LOSSES`). `cpu`: whether it is made for one. `axis` is that of the
+    devices of which each runs this program on `episodes` of its own; None: there is one.
     """
 
     policy: policy.Policy
@@ -42,6 +42,7 @@ class Program(NamedTuple):
     kl: estimators.KL
     controller: controllers.Controller
     loss: Callable
+    per_token: bool
     advantage: Callable
     reduction: Callable
     group: int
@@ -85,7 +86,7 @@ class Program(NamedTuple):
     @property
     def fused(self) -> bool:
         """Whether an update differentiates the loss of each token when it reads it."""
-        return self.parallel and self.loss in losses.PER_TOKEN and self.kl.config.reduction == "token"
+        return self.parallel and self.per_token and self.kl.config.reduction == "token"
 
     @property
     def writer(self) -> policy.Policy | policy.Alone:
@@ -104,10 +105,10 @@ class Program(NamedTuple):
 
     @property
     def differentiated(self) -> tuple[str, ...]:
-        """The terms of a token that the loss may depend on."""
-        exact = self.kl.config.estimator == "exact" and self.kl.config.placement != "reward"
-        kl = {"forward": "forward_kl", "reverse": "kl"}[self.kl.config.direction]
-        return ("log_prob", "entropy", *[kl] * exact)
+        """The terms of a token that the loss may depend on; and in the forward direction its KL, which controllers and
+        metrics read, and which is computed only if it is named."""
+        exact = ("forward_kl",) if self.kl.config.direction == "forward" else ("kl",) * self.kl.exact_in_loss
+        return "log_prob", "entropy", *exact
 
     def sharing(self, group: int) -> int:
         """How many episodes in a row of a member may read one opening together, in a batch where `group` in a row have
@@ -164,11 +165,15 @@ def build(static: Static, model: weights.Model, start=None, loss: Callable | Non
     shapes = dataclasses.replace(model.config, cache=config.model.cache, remat=config.model.remat,
                                  attention=config.model.attention)
     agent = policies.build(config.policy.kind, shapes, config.policy)
+    measured = reference.build(config.reference, agent, drawn, start)
+    if not measured.proper:
+        estimators.check_semi(static.kl())
     return Program(
-        policy=agent, reference=reference.build(config.reference, agent, drawn, start), env=env,
+        policy=agent, reference=measured, env=env,
         student=student.other(weights.load_config(other, config.model.dtype)) if other else student.base(),
         groups=token_groups(words, config.env.end, config.log.groups.to_dict()),
         sampling=drawn, kl=estimators.build(static.kl()), loss=loss or losses.LOSSES[rl.loss],
+        per_token=loss is None and losses.LOSSES.facts(rl.loss)["per_token"],
         controller=controllers.CONTROLLERS[kl.controller](rl.iterations, rl.episodes),
         advantage=advantages.ADVANTAGES[rl.advantage], reduction=reductions.REDUCTIONS[rl.reduction], group=rl.group,
         optimizer=optax.scale_by_adam(), max_grad_norm=config.optim.max_grad_norm,

@@ -21,7 +21,17 @@ from hypothesis import strategies as st
 from scipy.special import log_softmax
 
 from kl_reg.kl import estimators
-from kl_reg.kl.estimators import ALIASES, DIRECTIONS, ESTIMATORS, PLACEMENTS, REDUCTIONS, KLConfig, build
+from kl_reg.kl.estimators import (
+    ALIASES,
+    DIRECTIONS,
+    ESTIMATORS,
+    PLACEMENTS,
+    REDUCTIONS,
+    Estimator,
+    KLConfig,
+    Value,
+    build,
+)
 from kl_reg.kl.exact import TokenTerms, token_terms
 from kl_reg.training.step import mean
 from kl_reg.types import WeightedMetric
@@ -214,21 +224,29 @@ def test_value_is_what_is_stated(tables, name, direction, reduction):
 
 # Refusals
 
+@pytest.mark.parametrize("drawn", [False, True], ids=["", "drawn"])
 @pytest.mark.parametrize("case", ALL, ids=ID)
-def test_every_combination_is_sound_or_says_why_not(case):
+def test_every_combination_is_sound_or_says_why_not(case, drawn):
     name, direction, placement, reduction = case
-    effect = ESTIMATORS[name].effects.get((direction, placement, reduction))
+    config = KLConfig(direction, name, placement, reduction, drawn=drawn)
+    effect = ESTIMATORS[name].effect(config)
     if effect and not effect.refused:
-        assert build(KLConfig(direction, name, placement, reduction)).config.estimator == name
+        assert build(config).config.estimator == name
         return
     with pytest.raises(ValueError, match=r"Use estimator=") as error:
-        build(KLConfig(direction, name, placement, reduction))
+        build(config)
     if effect:
         assert effect.refused in str(error.value) and "allow_biased" in str(error.value)
-        assert effect.descends in kl_of(*case).label()
+        assert effect.descends in kl_of(*case, drawn=drawn).label()
     else:
         with pytest.raises(ValueError, match="does not exist"):
-            kl_of(*case)
+            kl_of(*case, drawn=drawn)
+
+
+def test_an_error_recommends_what_is_sound_where_fractions_are_drawn():
+    with pytest.raises(ValueError, match="leaves the drawn budget fraction without a price") as error:
+        build(KLConfig(estimator="k2", placement="loss", drawn=True))
+    assert "estimator='k1' with placement='reward'" in str(error.value) and "'k3' with" not in str(error.value)
 
 
 @pytest.mark.parametrize("field, value", [("direction", "backward"), ("placement", "penalty"), ("reduction", "mean")])
@@ -312,16 +330,47 @@ def test_padding_changes_nothing(values, padding):
         np.testing.assert_array_equal(*both)
 
 
-def test_k3_adds_the_missing_mass_back():
-    """Against a semi-distribution the mean of e^{-L} - 1 + L is D minus what is missing."""
+def half_of_k3(log_ratio):
+    """L + (e^{-L} - 1) / 2."""
+    return (log_ratio + estimators.k3(log_ratio)) / 2
+
+
+def k3_by_another_name(log_ratio):
+    """The formula of k3, written down again."""
+    return jnp.expm1(-log_ratio) + log_ratio
+
+
+OWN = {"own_k3": Estimator(k3_by_another_name, Value(True, True), {}, inverse_ratio=1.0),
+       "own_half": Estimator(half_of_k3, Value(True, False), {}, inverse_ratio=0.5)}
+UNBIASED = [name for name in ESTIMATORS.names() if ESTIMATORS[name].value.unbiased]
+
+
+@pytest.mark.parametrize("name", [*UNBIASED, *OWN])
+def test_what_is_unbiased_counts_the_missing_mass(name, monkeypatch):
+    """Against a semi-distribution the mean of e^{-L} is 1 less the missing mass; the mean of each value is D."""
     rng = np.random.default_rng(1)
     policy, log_mass = log_softmax(rng.normal(size=5)), np.log(0.6)
     semi = log_softmax(rng.normal(size=5)) + log_mass
-    ratio = jnp.float32(policy - semi)
-    kl = kl_of("k3", "reverse", "loss", "token")
-    value = kl.value(TokenTerms(*[ratio] * 5), jnp.full(5, 0.4))
-    np.testing.assert_allclose((np.exp(policy) * np.asarray(value)).sum(), (np.exp(policy) * (policy - semi)).sum(),
-                               rtol=1e-5)
+    ratio, truth = jnp.float32(policy - semi), (np.exp(policy) * (policy - semi)).sum()
+    estimator = (ESTIMATORS._objects | OWN)[name]
+    key = next((key for key in estimator.effects if key[0] == "reverse"), ("reverse", "loss", "token"))
+    own = estimator._replace(effects={key: estimators.Effect("")})
+    monkeypatch.setitem(ESTIMATORS._objects, "tested", own)
+    kl = kl_of("tested", *key)
+    value = kl.value(TokenTerms(ratio, ratio, jnp.full(5, jnp.float32(truth)), ratio, ratio), jnp.full(5, 0.4))
+    np.testing.assert_allclose((np.exp(policy) * np.asarray(value)).sum(), truth, rtol=1e-5)
+
+
+def test_a_semi_distribution_needs_an_estimator_that_states_its_inverse_ratio(monkeypatch):
+    """As it needs the reverse direction and single tokens, for which alone the missing mass is known how to count."""
+    silent = Estimator(half_of_k3, Value(True, False), {("reverse", "loss", "token"): estimators.Effect("")})
+    monkeypatch.setitem(ESTIMATORS._objects, "silent", silent)
+    for config in (KLConfig(estimator="silent"), KLConfig(direction="forward"), KLConfig(reduction="sequence")):
+        with pytest.raises(ValueError, match="semi-distribution.*'reverse', 'token'.*inverse_ratio"):
+            estimators.check_semi(config)
+    for name in ESTIMATORS.names():
+        if name != "silent":
+            estimators.check_semi(KLConfig(estimator=name))
 
 
 def test_the_oracle_knows_the_chain_rule(tables):
@@ -336,11 +385,13 @@ def test_the_table_in_the_documentation_is_the_registry():
     rows = set()
     for line in text.splitlines():
         cells = [cell.strip().strip("`") for cell in line.strip("|").split("|")]
-        if len(cells) == 6 and cells[0] in ESTIMATORS.names():
+        if len(cells) == 7 and cells[0] in ESTIMATORS.names():
             rows |= {(*cells[:3], reduction.strip(), *cells[4:]) for reduction in cells[3].split(",")}
     greek = lambda words: re.sub(r"\bpi\b", "π", words.replace("||", "‖").replace("beta", "β"))  # noqa: E731
-    assert rows == {(name, *key, greek(effect.descends), "refused" if effect.refused else "sound")
-                    for name in ESTIMATORS.names() for key, effect in ESTIMATORS[name].effects.items()}
+    word = lambda kl: "refused" if kl.effect.refused else "sound"  # noqa: E731
+    assert rows == {(name, *key, greek(kl_of(name, *key).effect.descends), word(kl_of(name, *key)),
+                     word(kl_of(name, *key, drawn=True)))
+                    for name in ESTIMATORS.names() for key in ESTIMATORS[name].effects}
 
 
 @given(st.permutations(range(6)), st.integers(1, 5))

@@ -10,6 +10,7 @@ import pytest
 
 from kl_reg import config as configs
 from kl_reg import rollout
+from kl_reg.kl.spends import SPENDS
 from kl_reg.models import weights
 from kl_reg.models.actor import Situation
 from kl_reg.models.policies import POLICIES, build
@@ -143,3 +144,27 @@ def test_a_full_policy_on_a_bfloat16_base_is_float32_and_begins_as_the_base(tiny
     assert features.policy.dtype == jnp.bfloat16
     reading = policy.read(params, base, features, Situation(*[jnp.zeros((2, 11))] * 3))
     assert reading.base_logits.any() and not reading.gap.any()
+
+
+@pytest.mark.parametrize("spend", SPENDS.names())
+@pytest.mark.parametrize("kind", POLICIES.names())
+def test_the_value_loss_moves_the_value_head_alone(setups, kind, spend):
+    """The remaining budget, which the value reads, is a function of actor and budget neuron; the trunk is read, too."""
+    own = setups(kind, 2.0)
+    params = jax.tree.map(lambda x: x[0], own.moved())
+    episodes = jax.tree.map(lambda x: x[0], own.sample(own.moved()))
+    caps = scoring.caps_of(jax.tree.map(lambda x: x[0], own.hyper))
+
+    @jax.jit
+    def gradient(params):
+        def loss(params):
+            value = scoring.score(own.program._replace(spend=spend), params, (), own.frozen, episodes, caps,
+                                  episodes.mask.sum(-1).max()).value
+            return jnp.where(episodes.mask, (value - 1.0) ** 2, 0.0).sum()
+
+        return jax.grad(loss)(params)
+
+    for path, grads in jax.tree_util.tree_leaves_with_path(gradient(params)):
+        names = [key.key for key in path]
+        is_value = names[0] == "scalars" and names[1].startswith("value")
+        assert (np.abs(grads).max() > 1e-3) if is_value else not np.any(grads), names

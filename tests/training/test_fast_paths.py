@@ -14,7 +14,9 @@ import pytest
 
 from kl_reg import config as configs
 from kl_reg import rollout
-from kl_reg.losses import LOSSES, PER_TOKEN
+from kl_reg.kl import estimators
+from kl_reg.kl.estimators import KLConfig
+from kl_reg.losses import LOSSES
 from kl_reg.models import weights
 from kl_reg.training import program as programs
 from kl_reg.training import scoring, step
@@ -84,7 +86,7 @@ def case(tiny_folder, tmp_path_factory):
 def assert_same_record(got, expected):
     np.testing.assert_array_equal(got.transcript.tokens, expected.transcript.tokens)
     np.testing.assert_array_equal(got.transcript.roles, expected.transcript.roles)
-    for name in ("log_prob", "log_ratio", "kl", "estimate", "entropy", "value", "spent_before"):
+    for name in ("log_prob", "log_ratio", "kl", "estimate", "entropy", "value", "spent_before", "forward_kl"):
         np.testing.assert_allclose(getattr(got, name), getattr(expected, name), rtol=1e-4, atol=2e-5, err_msg=name)
 
 
@@ -94,6 +96,13 @@ def test_episodes_are_the_same_however_they_are_sampled(case, kind):
     own = case(kind)
     assert own.program.deferred and own.program.copies and not plain(own.program).deferred
     assert np.abs(own.episodes.kl).max() > 0.01 and len(np.unique(own.episodes.mask.sum(-1))) > 1
+    assert_same_record(sample(own.program, own), own.episodes)
+
+
+def test_the_forward_kl_is_recorded_whatever_the_estimator(case):
+    """Controllers read it, also where the penalty is of sampled log-ratios."""
+    own = case("head", kl__direction="forward", kl__estimator="k3_weighted")
+    assert own.program.deferred and own.episodes.forward_kl.max() > 0.01
     assert_same_record(sample(own.program, own), own.episodes)
 
 
@@ -146,11 +155,6 @@ def assert_same_gradient(got, expected, rtol=5e-4):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=2e-5)
 
 
-def untouched(log_prob, old_log_prob, advantage, mask, hyper):
-    """PPO's loss, of which nobody knows that it is per token."""
-    return LOSSES["reinforce"](log_prob, old_log_prob, advantage, mask, hyper)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_are_the_same_however_tokens_are_read(case, kind):
     """Each token's loss differentiated at once, or all tokens read before, in parts of few positions; with openings
@@ -161,8 +165,8 @@ def test_gradients_are_the_same_however_tokens_are_read(case, kind):
     several = own.program._replace(entries=300 * EPISODES * 4)
     assert scoring.layout(several, (EPISODES, LENGTH), 300, scoring.PLAIN)[2:4] == (3, 4)
     assert_same_gradient(gradient(several, own, cost=scoring.Cost(group=2)), expected)
-    apart = several._replace(loss=untouched)
-    assert untouched not in PER_TOKEN and not apart.fused and apart.parallel
+    apart = several._replace(per_token=False)
+    assert not apart.fused and apart.parallel
     assert_same_gradient(gradient(apart, own), expected)
 
 
@@ -173,6 +177,15 @@ def test_gradients_of_other_losses_are_the_same_too(case, settings):
     own = case("head", **settings)
     assert own.program.fused
     assert_same_gradient(gradient(own.program, own), gradient(plain(own.program), own))
+
+
+def test_an_exact_kl_of_ones_own_is_differentiated(case):
+    """Whatever its name, where all tokens are read before the loss is."""
+    own = case("head")
+    kl = estimators.build(KLConfig(estimator="own_pieces.exact_again", placement="loss"))
+    silent = own.program._replace(kl=kl, per_token=LOSSES.facts("own_pieces.reinforce")["per_token"])
+    assert not silent.fused and silent.parallel and LOSSES.facts("own_pieces.stated")["per_token"]
+    assert_same_gradient(gradient(silent, own), gradient(plain(own.program), own))
 
 
 def test_parts_of_a_minibatch_add_up(case):
