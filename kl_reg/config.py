@@ -166,8 +166,8 @@ def _kl():
     kl.token_budget = config_dict.placeholder(float)    # hard, nats per token of the agent
     kl.carry = False               # what a turn or a token leaves of its budget is added to the later ones'
     kl.spend = "neuron"            # part of what is left that a token may spend: its output; "sampled": drawn
-    #                                around it; "greedy": all; "uniform": an even share of the tokens to come. Where it
-    #                                is drawn, a penalty needs an estimator that prices the draw: docs/kl.md
+    #                                around it; "greedy": all; "uniform": an even share of the tokens to come. With
+    #                                "sampled" fewer penalties are sound: docs/kl.md
     return kl
 
 
@@ -229,9 +229,8 @@ def kl_config(config: ConfigDict) -> KLConfig:
         ValueError: kl.spend is unknown.
     """
     kl = config.kl
-    limited = any(kl[key.split(".")[1]] is not None for key in BUDGETS)
     return KLConfig(kl.direction, kl.estimator, kl.placement, kl.reduction, config.sampling.temperature,
-                    kl.allow_biased, drawn=SPENDS[kl.spend].drawn and limited)
+                    kl.allow_biased, drawn=SPENDS[kl.spend].drawn)
 
 
 def flat(config: ConfigDict) -> dict:

@@ -79,7 +79,7 @@ def test_the_fingerprint_moves_with_results_only(config):
 @pytest.mark.parametrize("key, value, says", [
     ("kl.coef", -0.1, "kl.coef=-0.1"), ("kl.budget", -1.0, "kl.budget=-1.0"), ("kl.coef", math.nan, "kl.coef=nan"),
     ("rl.iterations", 0, "rl.iterations=0"), ("rl.discount", 1.5, "rl.discount=1.5"), ("rl.loss", "ppo", "ppo_clip"),
-    ("kl.placement", "reward", "prices nothing"), ("kl.estimator", "k7", "k1"), ("policy.kind", "prefix", "lora"),
+    ("kl.placement", "reward", "no gradient"), ("kl.estimator", "k7", "k1"), ("policy.kind", "prefix", "lora"),
     ("policy.layers", 9, "the model has 3 layers"), ("env.length", 65, "context of 64"), ("seed", -1, "seed=-1"),
     ("policy.spend_init", 1.0, "policy.spend_init"), ("rl.minibatches", 5, "multiple of rl.minibatches=5"),
     ("model.cache", "int4", "model.cache='int4'"), ("model.remat", "all", "'layers', 'products'"),
@@ -122,6 +122,7 @@ def test_what_members_share_cannot_be_swept(config, key, value):
 @pytest.mark.parametrize("changes, says", [
     ({"rl.discount": 0.9, "kl.coef": 0.1}, "discounted differently"),
     ({"kl.temperature": 0.7}, "drawn at one temperature"), ({"kl.spend": "all"}, "kl.spend='all' is unknown"),
+    ({"kl.spend": "sampled", "kl.budget": 1.0, "kl.estimator": "k3", "kl.placement": "loss"}, "log-probability of the budget fraction"),
     ({"kl.spend": "greedy"}, "without a budget"), ({"kl.carry": True}, "no effect without kl.turn_budget"),
     ({"kl.controller": "pi"}, "kl.coef=0.0 must be positive for kl.controller='pi'"),
     ({"kl.controller": "pid"}, "lagrangian"), ({"kl.turn_budget": -1.0}, "kl.turn_budget=-1.0"),

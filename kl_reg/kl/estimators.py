@@ -75,17 +75,17 @@ class Estimator(NamedTuple):
     def effect(self, config: KLConfig) -> Effect | None:
         """The effect of that configuration; None: the combination does not exist.
 
-        Where the budget fraction is drawn too, it decides what D_t is, and only log-probabilities of both actions carry
-        its price: the reward reaches them, and so does a loss that is weighted with pi / pi_old. Any other loss holds
-        the fractions as they were drawn.
+        Where the budget fraction is drawn too, it decides what D_t is, so a penalty has a gradient in the fraction's
+        log-probability. The reward reaches it, and so does a loss that is weighted with pi / pi_old; any other loss
+        holds the fractions as they were drawn.
         """
         effect = self.effects.get((config.direction, config.placement, config.reduction))
         held = config.drawn and config.placement == "loss" and self.of_ratio is not None and not self.weighted
         if effect is None or not held or effect.descends == NOTHING:
             return effect
         return Effect(effect.descends + HELD, effect.refused or (
-            "leaves the drawn budget fraction without a price (kl.spend draws it, and its log-probability gets no "
-            "gradient from this loss)"))
+            "gives no gradient to the log-probability of the budget fraction, which kl.spend draws and which decides "
+            "the token's KL"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,7 +198,7 @@ ESTIMATORS.register("exact", Estimator(None, Value(True, True), _effects({
     ("forward", "full", "token"): Effect(VISITED_FORWARD),
     ("forward", "loss", "token"): Effect(TOKEN_FORWARD),
     ("reverse forward", "reward", "token"): Effect(
-        SCORE, "gives the token that it prices no gradient, because D_t does not depend on which token is drawn")}),
+        SCORE, "gives the token no gradient of its KL, because D_t does not depend on which token is drawn")}),
     inverse_ratio=0.0))
 
 

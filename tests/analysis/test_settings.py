@@ -138,6 +138,13 @@ def test_a_biased_term_that_acts_is_warned_of():
     assert not warnings(settings_of([{"kl.coef": (0.0, 0.1)}]))
 
 
+def test_what_is_refused_by_now_is_shown_with_a_warning():
+    """As an earlier version trained it: a loss in which the drawn budget fractions have no gradient."""
+    (line,) = warnings(settings_of([{"kl.budget": (5.0,)}], kl__coef=0.1, kl__estimator="k2", kl__placement="loss",
+                                   kl__spend="sampled"))
+    assert "biased" in line and "the drawn budget fractions held" in line
+
+
 CHOICES = {"kl.coef": (0.0, 0.1, 0.3), "kl.budget": (None, 5.0, 20.0), "kl.turn_budget": (None, 2.0),
            "kl.estimator": ("k1", "k2", "k3"), "kl.placement": ("reward", "loss"), "kl.target": (5.0, 10.0),
            "kl.controller": ("fixed", "pi", "lagrangian", "linear"), "kl.rate": (0.1, 0.2), "rl.clip": (0.1, 0.2),

@@ -244,7 +244,7 @@ def test_every_combination_is_sound_or_says_why_not(case, drawn):
 
 
 def test_an_error_recommends_what_is_sound_where_fractions_are_drawn():
-    with pytest.raises(ValueError, match="leaves the drawn budget fraction without a price") as error:
+    with pytest.raises(ValueError, match="no gradient to the log-probability of the budget fraction") as error:
         build(KLConfig(estimator="k2", placement="loss", drawn=True))
     assert "estimator='k1' with placement='reward'" in str(error.value) and "'k3' with" not in str(error.value)
 

@@ -17,6 +17,7 @@ from scipy.special import log_softmax, logsumexp
 from kl_reg import choice, rollout
 from kl_reg import config as configs
 from kl_reg.kl import budget
+from kl_reg.kl.spends import SPENDS
 from kl_reg.models import decoder, families, weights
 from kl_reg.models.actor import Situation
 from kl_reg.models.reference import REFERENCES
@@ -92,7 +93,7 @@ def case(imitators):
 KINDS = [{"reference__name": name, "policy__kind": "head"} for name in REFERENCES.names()] + [
     {"reference__name": name, "policy__kind": "lora" if name in ("sync", "mixture") else "full"}
     for name in REFERENCES.names()]
-WAYS = [{"kl__budget": 2.0, "kl__spend": way} for way in choice.SPENDS]
+WAYS = [{"kl__budget": 2.0, "kl__spend": way} for way in SPENDS.names()]
 OTHERS = [{"kl__turn_budget": 0.5, "kl__token_budget": 0.05},
           {"kl__token_budget": 0.1, "kl__carry": True, "kl__turn_budget": 0.6},
           {"sampling__top_p": 0.8, "sampling__temperature": 0.7}, {"sampling__top_k": 5, "kl__budget": 1.0},
@@ -146,7 +147,7 @@ def test_no_path_spends_more_than_any_cap(case, settings):
             assert spent <= allowed * (1 + 1e-5) + 1e-9
 
 
-@pytest.mark.parametrize("way", choice.SPENDS)
+@pytest.mark.parametrize("way", SPENDS.names())
 def test_ways_to_spend(case, way):
     """The part of what is left that each token may cost, and what is charged."""
     one = case(kl__budget=2.0, kl__spend=way)

@@ -277,6 +277,6 @@ def test_the_oracle_limits_what_is_spent(way):
     np.testing.assert_allclose(code.scores.terms.kl, reverse(here), rtol=1e-3, atol=1e-4)
     gradient = around.gradient(of_tokens(reverse))
     assert np.linalg.norm(gradient[:39]) > 0.1
-    assert (np.linalg.norm(gradient[39:]) > 0.1) == (around.spend in ("neuron", "sampled"))
+    assert (np.linalg.norm(gradient[39:]) > 0.03) == (around.spend in ("neuron", "sampled"))
     assert reverse(here).sum(1).max() <= BUDGET + 1e-9 and reverse(here).max() <= CAP + 1e-9
     assert (reverse(here) > CAP - 1e-9).any() and reverse(here).sum(1).max() > BUDGET - CAP
