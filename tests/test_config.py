@@ -122,7 +122,8 @@ def test_what_members_share_cannot_be_swept(config, key, value):
 @pytest.mark.parametrize("changes, says", [
     ({"rl.discount": 0.9, "kl.coef": 0.1}, "discounted differently"),
     ({"kl.temperature": 0.7}, "drawn at one temperature"), ({"kl.spend": "all"}, "kl.spend='all' is unknown"),
-    ({"kl.spend": "sampled", "kl.budget": 1.0, "kl.estimator": "k3", "kl.placement": "loss"}, "log-probability of the budget fraction"),
+    ({"kl.spend": "sampled", "kl.budget": 1.0, "kl.estimator": "k3", "kl.placement": "loss"},
+     "log-probability of the budget fraction"),
     ({"kl.spend": "greedy"}, "without a budget"), ({"kl.carry": True}, "no effect without kl.turn_budget"),
     ({"kl.controller": "pi"}, "kl.coef=0.0 must be positive for kl.controller='pi'"),
     ({"kl.controller": "pid"}, "lagrangian"), ({"kl.turn_budget": -1.0}, "kl.turn_budget=-1.0"),
