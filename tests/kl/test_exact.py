@@ -54,16 +54,30 @@ def test_small_values_keep_their_digits(size):
     np.testing.assert_allclose(kl_of(policy, base), expected, rtol=1e-3)
 
 
-def test_small_values_from_logits_are_right_to_a_percent():
-    """Here log-probabilities are rounded to float32 before they are compared."""
+def test_small_values_from_log_probabilities_are_right_to_a_percent():
+    """They are rounded to float32 before they are compared."""
     base = normal(0, 500, 2.0)
     policy = base + normal(1, 500, 1e-4)
     np.testing.assert_allclose(kl_of(log_probs(policy), log_probs(base)), exact_kl(policy, base), rtol=1e-2)
 
 
+@pytest.mark.parametrize("offset", [0.0, 3.0, 60.0])
+@pytest.mark.parametrize("size", [3e-4, 1e-3, 0.1])
+@pytest.mark.parametrize("scale", [2.0, 40.0])
+def test_small_values_from_logits_keep_all_digits(size, scale, offset):
+    """KL down to 1e-13, of logits as they are; `offset` is common to all of them."""
+    base = log_probs(normal(0, 500, scale))
+    policy = np.float32(base + np.float32(normal(1, 500, size) + offset))
+    log_policy, log_base = log_softmax(np.float64(policy)), log_softmax(np.float64(base))
+    ratio = log_policy - log_base
+    expected = (np.exp(log_policy) * (np.expm1(-ratio) + ratio)).sum()
+    assert 0 < expected < size**2
+    np.testing.assert_allclose(terms_of(policy, base, 0).kl, expected, rtol=1e-5)
+
+
 def test_branches_of_the_series_meet():
-    """Both sides of |L| = 0.1, where the formula changes."""
-    for ratio in (-0.1001, -0.0999, 0.0999, 0.1001):
+    """Both sides of |L| = 1, where the formula changes, and well inside."""
+    for ratio in (-1.0001, -0.9999, -0.5, 0.5, 0.8):
         base = np.array([0.4, 0.6])
         policy = np.array([0.4 * np.exp(ratio), 1 - 0.4 * np.exp(ratio)])
         kl = kl_of(jnp.float32(np.log(policy)), jnp.float32(np.log(base)))
