@@ -5,6 +5,9 @@ units. `returns` are the value head's targets. `scale` is the factor between the
 the return; a KL term in the loss must be multiplied by it too, or it changes its price. Other writers' tokens are no
 part of a stream, so a reward survives a student's turn. The episode ends with the stream: nothing is bootstrapped
 behind it. A stream without a token is an episode of return 0, and counts as one where a group is compared.
+
+Callers map over the axis `GROUPS`, along which statistics of the batch can be taken. What is divided by a deviation is
+multiplied by at most `CEILING`.
 """
 from __future__ import annotations
 
@@ -16,6 +19,13 @@ from kl_reg.divided import total
 from kl_reg.registry import Registry
 
 ADVANTAGES = Registry("rl.advantage")
+
+GROUPS = "groups"
+"""Name of the axis that an advantage is mapped over: all groups of the batch."""
+
+CEILING = 100.0
+"""The largest factor 1 / deviation, in 1 / reward units: a spread below 0.01 is not made a spread of 1. Without it,
+returns that differ by 1e-5 would multiply the KL of their group by 6,000, which then is all that a step descends."""
 
 Rows = Float[Array, "g k"]
 Scalar = Float[Array, ""]
@@ -84,15 +94,37 @@ def group_mean(rewards: Rows, values: Rows, mask: Bool[Array, "g k"], discount: 
 def group(rewards: Rows, values: Rows, mask: Bool[Array, "g k"], discount: Scalar, gae_lambda: Scalar) -> Estimate:
     """A_i = (R_i - mean R) / (std R + 1e-4) for each token of stream i, R the whole stream's return; std over g - 1.
 
-    Where all returns are alike, to rounding, there is nothing to scale: advantages are 0, and the KL's price is that of
-    `group_mean`, not 1e4 times it.
+    The factor is at most `CEILING`. Where all returns are alike, to rounding, there is nothing to scale: advantages are
+    0, and the KL's price is that of `group_mean`.
     `values` and `gae_lambda` are not used. Source: Shao et al. (2024), "DeepSeekMath"; 1e-4 and g - 1 as in TRL.
     """
     advantages, returns, shrinks = group_mean(rewards, values, mask, discount, gae_lambda)
     whole = returns[:, 0]
-    deviation = jnp.sqrt(((whole - whole.mean()) ** 2).sum() / max(len(rewards) - 1, 1))
-    scale = jnp.where(deviation > 1e-6 * jnp.abs(whole).max(), 1 / (deviation + 1e-4), 1.0)
+    square = ((whole - whole.mean()) ** 2).sum() / max(len(rewards) - 1, 1)
+    scale = _factor(square, jnp.abs(whole).max())
     return scale * advantages, returns, scale * shrinks
+
+
+def group_batch(rewards: Rows, values: Rows, mask: Bool[Array, "g k"], discount: Scalar, gae_lambda: Scalar
+                ) -> Estimate:
+    """A_i = (R_i - mean R) / (std + 1e-4), mean R over the group and std over all returns of the batch (n - 1 of n).
+
+    All groups have one factor, at most `CEILING`, so a group of little spread is not made as loud as the others, and a
+    nat costs the same in each. `values` and `gae_lambda` are not used. Source: TRL, `scale_rewards="batch"`.
+    """
+    advantages, returns, shrinks = group_mean(rewards, values, mask, discount, gae_lambda)
+    whole = returns[:, 0]
+    count = jax.lax.psum(len(whole), GROUPS)
+    mean = jax.lax.psum(whole.sum(), GROUPS) / count
+    square = jax.lax.psum(((whole - mean) ** 2).sum(), GROUPS) / max(count - 1, 1)
+    scale = _factor(square, jax.lax.pmax(jnp.abs(whole).max(), GROUPS))
+    return scale * advantages, returns, scale * shrinks
+
+
+def _factor(square, largest):
+    """1 / (deviation + 1e-4) of returns of that variance and largest size; 1 where they differ by rounding alone."""
+    deviation = jnp.sqrt(square)
+    return jnp.where(deviation > 1e-6 * largest, jnp.minimum(1 / (deviation + 1e-4), CEILING), 1.0)
 
 
 def _returns(rewards, mask, discount):
@@ -103,6 +135,7 @@ def _returns(rewards, mask, discount):
 
 ADVANTAGES.register("gae", gae)
 ADVANTAGES.register("group", group)
+ADVANTAGES.register("group_batch", group_batch)
 ADVANTAGES.register("group_mean", group_mean)
 ADVANTAGES.register("leave_one_out", leave_one_out)
 ADVANTAGES.register("monte_carlo", monte_carlo)
@@ -110,7 +143,7 @@ ADVANTAGES.register("monte_carlo", monte_carlo)
 
 def normalise(advantages: Float[Array, "b k"], mask: Bool[Array, "b k"], axis: str | None = None
               ) -> tuple[Float[Array, "b k"], Float[Array, ""]]:
-    """Zero mean and unit deviation over all agent tokens, and the factor 1 / deviation.
+    """Zero mean and unit deviation over all agent tokens, and the factor 1 / deviation, at most `CEILING`.
 
     A KL term in the loss must be multiplied by the same factor, or it changes its price.
 
@@ -120,5 +153,5 @@ def normalise(advantages: Float[Array, "b k"], mask: Bool[Array, "b k"], axis: s
     count = jnp.maximum(total(mask.sum(), axis), 1).astype(advantages.dtype)
     mean = total(jnp.where(mask, advantages, 0.0).sum(), axis) / count
     centred = jnp.where(mask, advantages - mean, 0.0)
-    factor = 1 / (jnp.sqrt(total((centred**2).sum(), axis) / count) + 1e-6)
+    factor = jnp.minimum(1 / (jnp.sqrt(total((centred**2).sum(), axis) / count) + 1e-6), CEILING)
     return centred * factor, factor

@@ -85,8 +85,9 @@ def default() -> ConfigDict:
     config.optim.learning_rate = 1e-3
     config.optim.value_learning_rate = config_dict.placeholder(float)   # of the value head; None: as learning_rate
     config.optim.warmup = 2               # iterations
-    config.optim.final = 0.1              # part of the learning rate that is left at the last iteration
-    config.optim.max_grad_norm = 1.0
+    config.optim.final = 0.1              # part of the learning rate that is left at the last iteration; 0: that one
+    #                                       trains nothing
+    config.optim.max_grad_norm = 1.0      # gradients of a larger norm are scaled down to it; None: none are
 
     config.evaluation = ConfigDict()
     config.evaluation.episodes = 256
@@ -121,7 +122,8 @@ def _rl():
     rl, nothing = ConfigDict(), config_dict.placeholder
     rl.algorithm = "ppo"               # reinforce, rloo, ppo_dual_clip, grpo, dr_grpo, dapo, gspo, cispo, awr
     rl.loss = nothing(str)
-    rl.advantage = nothing(str)
+    rl.advantage = nothing(str)        # gae, monte_carlo, leave_one_out; group: over its deviation; group_batch: over
+    #                                       the batch's; group_mean: over none
     rl.reduction = nothing(str)        # "token_mean", "sequence_mean" or "fixed_length", of all parts of the loss
     rl.group = nothing(int)            # episodes with the same opening
     rl.normalise = nothing(bool)       # advantages to zero mean and unit deviation; the KL loss by the same factor

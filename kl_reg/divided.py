@@ -58,6 +58,14 @@ def together(tree, axis: str | None):
     return tree if axis is None else jax.lax.all_gather(tree, axis, tiled=True)
 
 
+def back(tree, axis: str | None):
+    """This device's rows of what `together` made of all."""
+    if axis is None:
+        return tree
+    count, index = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
+    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, index * (len(x) // count), len(x) // count), tree)
+
+
 def part(x: jax.Array, axis: str | None) -> jax.Array:
     """This device's part of the last dimension of what they all have."""
     if axis is None:

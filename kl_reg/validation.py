@@ -25,7 +25,7 @@ _AT_LEAST_ONE = ("rl.iterations", "rl.episodes", "rl.epochs", "rl.minibatches", 
 _NOT_NEGATIVE = ("kl.coef", "kl.target", "kl.horizon", "kl.rate", "kl.gain", "kl.final", "sampling.top_k", "rl.clip",
                  "rl.clip_high", "rl.value_coef", "rl.entropy_coef", "env.turns", "env.opening_turns", "policy.alpha",
                  "optim.learning_rate", "optim.max_grad_norm", "optim.final", "seed")
-_RELATIVE = ("leave_one_out", "group", "group_mean")
+_RELATIVE = ("leave_one_out", "group", "group_batch", "group_mean")
 """Advantages that compare the episodes of a group."""
 
 _IDLE = {"teacher_student": ("writers", "prefill"),

@@ -6,13 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kl_reg.advantages import ADVANTAGES, normalise
+from kl_reg.advantages import ADVANTAGES, CEILING, GROUPS, normalise
 
 NUMBER = st.floats(-5, 5, width=32)
 STREAM = st.lists(st.tuples(NUMBER, NUMBER), max_size=6)                # (reward, value) of each token
 GROUP = st.tuples(STREAM, STREAM, STREAM)
 PART = st.floats(0, 1, width=32)
-COMPARED = ("group", "group_mean", "leave_one_out")                     # with the other streams of the group
+COMPARED = ("group", "group_batch", "group_mean", "leave_one_out")      # with the other streams of the group
 ALONE = sorted(set(ADVANTAGES.names()) - set(COMPARED))
 
 
@@ -22,18 +22,30 @@ def strict_dtypes():
         yield
 
 
-COMPILED = {name: jax.jit(lambda *args, name=name: ADVANTAGES[name](*args)) for name in ADVANTAGES.names()}
+COMPILED = {name: jax.jit(jax.vmap(ADVANTAGES[name], (0, 0, 0, None, None), axis_name=GROUPS))
+            for name in ADVANTAGES.names()}
 
 
 def estimate(name, streams, discount=1.0, gae_lambda=1.0, width=6, tail=0.0):
-    """(advantages, returns, scale) of a group; streams of (reward, value), padded with `tail` to `width`."""
+    """(advantages, returns, scale) of a group, which is the whole batch."""
+    return [x[0] for x in estimates(name, [streams], discount, gae_lambda, width, tail)]
+
+
+def estimates(name, groups, discount=1.0, gae_lambda=1.0, width=6, tail=0.0):
+    """(advantages, returns, scale) of groups; streams of (reward, value), padded with `tail` to `width`."""
+    rows = [arrange(streams, width, tail) for streams in groups]
+    out = COMPILED[name](*(jnp.stack(x) for x in zip(*rows, strict=True)), jnp.float32(discount),
+                         jnp.float32(gae_lambda))
+    return [np.asarray(x) for x in out]
+
+
+def arrange(streams, width, tail):
+    """(rewards, values, mask) of a group."""
     padded = np.full((2, len(streams), width), tail, np.float32)
     for row, stream in enumerate(streams):
         padded[:, row, :len(stream)] = np.array(stream, np.float32).reshape(-1, 2).T
     mask = np.arange(width) < np.array([len(stream) for stream in streams])[:, None]
-    out = COMPILED[name](jnp.array(padded[0]), jnp.array(padded[1]), jnp.array(mask), jnp.float32(discount),
-                         jnp.float32(gae_lambda))
-    return [np.asarray(x) for x in out]
+    return jnp.array(padded[0]), jnp.array(padded[1]), jnp.array(mask)
 
 
 def rewarded(*rewards):
@@ -75,7 +87,8 @@ RETURNS_2_5_2 = [[(1, 9.0), (2, -9.0)], [(5, 9.0)], [(0, 9.0), (0, 9.0), (8, 9.0
 
 @pytest.mark.parametrize(("name", "each", "scale"), [
     ("leave_one_out", [2 - 3.5, 5 - 2, 2 - 3.5], 1), ("group_mean", [-1, 2, -1], 2 / 3),
-    ("group", np.array([-1, 2, -1]) / (3**0.5 + 1e-4), 2 / 3 / (3**0.5 + 1e-4))])      # (1 + 4 + 1) / (3 - 1)
+    ("group", np.array([-1, 2, -1]) / (3**0.5 + 1e-4), 2 / 3 / (3**0.5 + 1e-4)),       # (1 + 4 + 1) / (3 - 1)
+    ("group_batch", np.array([-1, 2, -1]) / (3**0.5 + 1e-4), 2 / 3 / (3**0.5 + 1e-4))])
 def test_a_group_by_hand(name, each, scale):
     advantages, returns, factor = estimate(name, RETURNS_2_5_2, 0.5, 0.3, width=3)
     mask = [[1, 1, 0], [1, 0, 0], [1, 1, 1]]
@@ -99,6 +112,27 @@ def test_where_nothing_differs_there_is_no_advantage_and_no_deviation_in_the_sca
     advantages, returns, scale = estimate(name, streams)
     np.testing.assert_allclose(advantages, 0, atol=1e-6 * returns.max())
     np.testing.assert_allclose(scale, 1 if name == "leave_one_out" else 1 - 1 / len(streams), rtol=1e-6)
+
+
+def test_the_batchs_deviation_is_one_factor_for_all_groups():
+    """Returns 0, 2 and 10, 14 of the batch 0, 2, 10, 14: mean 6.5, squares 42.25 + 20.25 + 12.25 + 56.25, over 3."""
+    groups = [[rewarded(0), rewarded(1, 1)], [rewarded(10), rewarded(14)]]
+    advantages, _, scale = estimates("group_batch", groups)
+    factor = 1 / ((131 / 3) ** 0.5 + 1e-4)
+    np.testing.assert_allclose(advantages[:, :, 0], np.array([[-1, 1], [-2, 2]]) * factor, rtol=1e-6)
+    np.testing.assert_allclose(scale, factor / 2, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "loud", "quiet"), [
+    ("group", 1 / (2**0.5 + 1e-4), 100),                 # 1 / (1e-5 / sqrt 2 + 1e-4) would be 9,340
+    ("group_batch", 1 / (1**0.5 + 1e-4), 1 / (1**0.5 + 1e-4)),                      # (2.25 + 3 * 0.25) / 3
+    ("group_mean", 1, 1), ("leave_one_out", 2, 2)])
+def test_a_group_of_next_to_no_spread_is_scaled_by_no_more_than_the_ceiling(name, loud, quiet):
+    """Returns 0, 2 beside 0, 1e-5: the factor of the second's advantages, and of a KL in its loss."""
+    advantages, _, scale = estimates(name, [[rewarded(0), rewarded(2)], [rewarded(0), rewarded(1e-5)]])
+    np.testing.assert_allclose(advantages[:, 1, 0], [loud, quiet * 5e-6], rtol=1e-4)
+    np.testing.assert_allclose(scale, np.array([loud, quiet]) / 2, rtol=1e-4)
+    assert scale.max() <= CEILING
 
 
 @given(GROUP, PART, PART)
@@ -189,6 +223,13 @@ def test_normalisation_looks_at_the_mask_alone(tail):
     out, factor = normalise(jnp.array(wide), jnp.array(np.pad(mask, ((0, 2), (0, 3)))))
     np.testing.assert_allclose(out[:4, :5], expected[0], atol=1e-6)
     np.testing.assert_allclose(factor, expected[1], rtol=1e-6)
+
+
+def test_advantages_of_next_to_no_spread_are_normalised_by_no_more_than_the_ceiling():
+    x = jnp.array([[0.3, 0.3 + 1e-6]])
+    out, factor = normalise(x, jnp.ones((1, 2), bool))
+    assert factor == CEILING
+    np.testing.assert_allclose(out, (x - x.mean()) * CEILING, rtol=1e-6)
 
 
 def test_equal_advantages_and_an_empty_batch_are_normalised_to_zero():

@@ -47,7 +47,7 @@ class Program(NamedTuple):
     reduction: Callable
     group: int
     optimizer: optax.GradientTransformation
-    max_grad_norm: float
+    max_grad_norm: float | None
     constrained: bool
     spend: str
     levels: int

@@ -14,7 +14,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from kl_reg import divided
-from kl_reg.advantages import normalise
+from kl_reg.advantages import GROUPS, normalise
 from kl_reg.kl.exact import TokenTerms
 from kl_reg.losses.value import squared_error
 from kl_reg.parallel import EPISODES
@@ -127,20 +127,21 @@ def recorded(episodes: Episodes) -> TokenTerms:
 
 
 def targets(program, episodes: Episodes, rewards: Float[Array, "b k"], coef: Float[Array, ""], hyper: Hyper):
-    """Advantages and returns [b, k] in reward units (KL penalty subtracted), and the coefficient [b] of the loss's KL.
-    """
+    """Advantages and returns [b, k] in reward units (KL penalty subtracted), and the coefficient [b] of the loss's KL;
+    last the factor [b] in it, which is that of the advantages, so that a nat keeps its price."""
     mask, missing = episodes.mask, -jnp.expm1(-episodes.floor)
     penalty = jax.vmap(program.kl.reward)(recorded(episodes), missing, mask)
     rewards = jnp.where(mask, rewards - coef * penalty, 0.0)
     estimate = lambda r, v, m: program.advantage(r, v, m, hyper.discount, hyper.gae_lambda)  # noqa: E731
-    groups = jax.tree.map(lambda x: x.reshape(-1, program.group, x.shape[1]), (rewards, episodes.value, mask))
-    advantages, returns, scale = jax.vmap(estimate)(*groups)
-    advantages, returns = advantages.reshape(mask.shape), returns.reshape(mask.shape)
-    price = coef * jnp.repeat(scale, program.group)
+    groups = jax.tree.map(lambda x: x.reshape(-1, program.group, x.shape[1]),
+                          divided.together((rewards, episodes.value, mask), program.axis))
+    advantages, returns, scale = jax.vmap(estimate, axis_name=GROUPS)(*groups)
+    every = advantages.reshape(-1, mask.shape[1]), returns.reshape(-1, mask.shape[1]), jnp.repeat(scale, program.group)
+    advantages, returns, scale = divided.back(every, program.axis)
     if program.normalise:
         advantages, factor = normalise(advantages, mask, program.axis)
-        price = factor * price
-    return advantages, returns, price
+        scale = factor * scale
+    return advantages, returns, coef * scale, scale
 
 
 def safe_norm(tree) -> Float[Array, ""]:
@@ -189,7 +190,7 @@ def update(program, state: TrainState, hyper: Hyper, frozen: Frozen, episodes: E
         The new state, metrics, the most extreme token, and the episodes, whose record is complete.
     """
     price = program.controller.read(state.controller, hyper)
-    goals = targets(program, episodes, rewards, price, hyper)
+    *goals, factor = targets(program, episodes, rewards, price, hyper)
     rate = learning_rate(program, hyper, state.iteration)
     own_rate = jnp.where(jnp.isfinite(hyper.value_learning_rate), hyper.value_learning_rate, hyper.learning_rate)
     value_rate = learning_rate(program, hyper._replace(learning_rate=own_rate), state.iteration)
@@ -207,7 +208,9 @@ def update(program, state: TrainState, hyper: Hyper, frozen: Frozen, episodes: E
         ratios = jnp.where(part.mask, scores.terms.log_ratio, 0.0)
         norm = safe_norm(grads)
         parts["optim/grad_norm"] = norm
-        grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, program.max_grad_norm / jnp.maximum(norm, 1e-30)), grads)
+        if program.max_grad_norm is not None:
+            shrink = jnp.minimum(1.0, program.max_grad_norm / jnp.maximum(norm, 1e-30))
+            grads = jax.tree.map(lambda g: g * shrink, grads)
         worst = jnp.abs(ratios).argmax()
         extreme = Extreme(ratios.ravel()[worst], index[worst // ratios.shape[1]], worst % ratios.shape[1])
         stopped |= parts["policy/approxkl_avg"] > hyper.stop_kl
@@ -234,6 +237,7 @@ def update(program, state: TrainState, hyper: Hyper, frozen: Frozen, episodes: E
     parts = jax.tree.map(lambda x: x.mean(0), parts)
     spent = divided.average(jnp.where(episodes.mask, program.kl.exact(recorded(episodes)), 0.0).sum(1).mean(), axis)
     parts |= {"val/ratio_var": variance, "optim/learning_rate": rate, "kl/coef": price,
+              "advantage/factor_max": divided.together(factor, axis).max(),
               "value/explained_variance": _explained(episodes.value, goals[1], episodes.mask, axis)}
     controller = program.controller.update(state.controller, spent, hyper)
     memory = program.reference.update(state.reference, params, state.iteration)

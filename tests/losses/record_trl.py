@@ -19,7 +19,7 @@ LENGTHS = [4, 2, 3, 1, 4, 4]
 REWARDS = [1.0, -0.5, 0.7, 2.0, 2.0, 0.5]
 GRPO = {"loss_type": "grpo", "importance_sampling_level": "token", "scale_rewards": "group", "epsilon_low": 0.2,
         "epsilon_high": 0.2, "delta": None}
-CASES = {"grpo": {}, "dr_grpo": {"loss_type": "dr_grpo", "scale_rewards": "none"},
+CASES = {"grpo": {}, "batch": {"scale_rewards": "batch"}, "dr_grpo": {"loss_type": "dr_grpo", "scale_rewards": "none"},
          "dapo": {"loss_type": "dapo", "epsilon_high": 0.28},
          "gspo": {"importance_sampling_level": "sequence", "epsilon_low": 0.1, "epsilon_high": 0.15},
          "cispo": {"loss_type": "cispo", "epsilon_high": 1.2}, "two_sided": {"delta": 1.6}}

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kl_reg.advantages import ADVANTAGES
+from kl_reg.advantages import ADVANTAGES, GROUPS
 from kl_reg.config import default, split
 from kl_reg.losses import ALGORITHMS, LOSSES
 from kl_reg.losses.reductions import REDUCTIONS
@@ -25,7 +25,8 @@ def advantages_of(name):
     """[6, 4], of the groups one after the other."""
     one = jnp.float32(1.0)
     groups = [x.reshape(-1, TRL["group"], OLD.shape[1]) for x in (REWARDS, jnp.zeros_like(REWARDS), MASK)]
-    advantages, _, _ = jax.jit(jax.vmap(ADVANTAGES[name], (0, 0, 0, None, None)))(*groups, one, one)
+    over_groups = jax.vmap(ADVANTAGES[name], (0, 0, 0, None, None), axis_name=GROUPS)
+    advantages, _, _ = jax.jit(over_groups)(*groups, one, one)
     return advantages.reshape(OLD.shape)
 
 
@@ -37,10 +38,14 @@ def clips_of(case):
     return clips | ({"dual_clip": case["delta"]} if case["delta"] else {})
 
 
+VARIANTS = {"two_sided": {"loss": "dual_clip"}, "batch": {"advantage": "group_batch"}}
+"""Cases that are GRPO with another part."""
+
+
 @pytest.mark.parametrize("name", TRL["cases"])
 def test_the_algorithm_is_trls(name):
     case = TRL["cases"][name]
-    algorithm = ALGORITHMS["grpo"]._replace(loss="dual_clip") if name == "two_sided" else ALGORITHMS[name]
+    algorithm = ALGORITHMS["grpo"]._replace(**VARIANTS[name]) if name in VARIANTS else ALGORITHMS[name]
     hyper = split(default())[1]._replace(**{key: jnp.float32(value) for key, value in clips_of(case).items()})
     advantages = advantages_of(algorithm.advantage)
     np.testing.assert_allclose(advantages, np.where(MASK, np.array(case["advantages"])[:, None], 0), rtol=1e-5)

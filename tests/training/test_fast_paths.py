@@ -138,7 +138,7 @@ def gradient(program, own, episodes=None, cost=scoring.PLAIN):
 
     @jax.jit
     def run(params, episodes):
-        goals = step.targets(program, episodes, rewards, hyper.kl_coef, hyper)
+        *goals, _ = step.targets(program, episodes, rewards, hyper.kl_coef, hyper)
         longest = episodes.mask.sum(-1).max()
         return step.gradient(program, params, (), own.frozen, episodes, goals, hyper, longest, cost)
 

@@ -171,7 +171,7 @@ def test_penalty_and_budget_together(estimator, placement, constrained, budget):
     log_prob = exact.log_prob[ROWS, SEQUENCES]
     episodes = episodes._replace(log_prob=jnp.float32(log_prob), log_ratio=jnp.float32(log_prob - log_base),
                                  kl=jnp.float32(exact.kl[ROWS]))
-    advantage, returns, price = step.targets(prog, episodes, jnp.float32(rewards), settings.kl_coef, settings)
+    advantage, returns, price, _ = step.targets(prog, episodes, jnp.float32(rewards), settings.kl_coef, settings)
 
     @jax.jit
     def loss(params):

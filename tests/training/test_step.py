@@ -218,7 +218,7 @@ def by_hand(estimator, placement, normalise=False):
         "transcript": Transcript(whole, whole, whole, jnp.zeros(1, jnp.int32)), "slot": whole, "action": whole,
         "mask": jnp.array([[True, True, True, False]]), "log_ratio": row(0.5, -0.1, 0.2, 0),
         "kl": row(0.1, 0.2, 0.3, 0)}
-    return step.targets(program, Episodes(**fields), row(1, 2, 3, 0), jnp.float32(2.0), settings())
+    return step.targets(program, Episodes(**fields), row(1, 2, 3, 0), jnp.float32(2.0), settings())[:3]
 
 
 @pytest.mark.parametrize("estimator, placement, expected", [
@@ -269,7 +269,7 @@ def objective(program, params, frozen, episodes, targets, hyper):
 def test_objective_at_the_recorded_parameters(group):
     """The ratio is 1, so every term is a mean over tokens of what was recorded."""
     episodes, hyper, rewards = one(group.episodes), one(group.hyper), one(group.rewards)
-    targets = step.targets(group.program, episodes, rewards, hyper.kl_coef, hyper)
+    *targets, _ = step.targets(group.program, episodes, rewards, hyper.kl_coef, hyper)
     total, (parts, scores) = objective(group.program, one(group.params), group.frozen, episodes, targets, hyper)
     advantage, returns, coef = (np.asarray(x) for x in targets)
     mask = np.asarray(episodes.mask)
@@ -297,10 +297,11 @@ def test_each_group_has_its_own_advantages_and_price():
     fields = dict.fromkeys(Episodes._fields, zero) | {
         "transcript": Transcript(whole, whole, whole, jnp.zeros(4, jnp.int32)), "slot": whole, "action": whole,
         "mask": jnp.ones((4, 1), bool)}
-    advantage, _, price = step.targets(program, Episodes(**fields), rewards, jnp.float32(2.0), settings())
+    advantage, _, price, scale = step.targets(program, Episodes(**fields), rewards, jnp.float32(2.0), settings())
     factors = 1 / (np.sqrt(2) + 1e-4), 1 / (np.sqrt(50) + 1e-4)
     np.testing.assert_allclose(advantage[:, 0], np.array([-1, 1, -5, 5]) * np.repeat(factors, 2), rtol=1e-5)
     np.testing.assert_allclose(price, 2 * np.repeat(factors, 2) / 2, rtol=1e-5)
+    np.testing.assert_allclose(scale, np.repeat(factors, 2) / 2, rtol=1e-5)
 
 
 @pytest.mark.parametrize("limit, same_as", [(1e-10, 1), (np.inf, 3)])
@@ -323,7 +324,8 @@ def test_an_iteration_ends_early_at_a_distance_from_the_sampling_policy(group, l
 def test_all_parts_of_the_loss_are_reduced_as_the_algorithm_says(group):
     """Sums over tokens per slot of the episodes, instead of per token."""
     episodes, hyper, rewards = one(group.episodes), one(group.hyper), one(group.rewards)
-    goals, count = step.targets(group.program, episodes, rewards, hyper.kl_coef, hyper), float(episodes.mask.sum())
+    *goals, _ = step.targets(group.program, episodes, rewards, hyper.kl_coef, hyper)
+    count = float(episodes.mask.sum())
     totals = [objective(group.program._replace(reduction=reductions.REDUCTIONS[name]), one(group.params), group.frozen,
                         episodes, goals, hyper)[0] for name in ("token_mean", "fixed_length")]
     np.testing.assert_allclose(totals[1], totals[0] * count / (6 * 12), rtol=1e-5)
