@@ -114,7 +114,7 @@ def group_batch(rewards: Rows, values: Rows, mask: Bool[Array, "g k"], discount:
     """
     advantages, returns, shrinks = group_mean(rewards, values, mask, discount, gae_lambda)
     whole = returns[:, 0]
-    count = jax.lax.psum(len(whole), GROUPS)
+    count = len(whole) * jax.lax.axis_size(GROUPS)
     mean = jax.lax.psum(whole.sum(), GROUPS) / count
     square = jax.lax.psum(((whole - mean) ** 2).sum(), GROUPS) / max(count - 1, 1)
     scale = _factor(square, jax.lax.pmax(jnp.abs(whole).max(), GROUPS))

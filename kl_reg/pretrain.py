@@ -103,6 +103,7 @@ def _misfits(c):
         f"vocab={c.vocab}: tokenizer='embedded' has {size} tokens; use vocab={size}": c.vocab == size,
         f"seed={c.seed}: the seeds of all members must lie in 0 ... 2**31 - 1": 0 <= c.seed <= 2**31 - c.members,
         f"steps={c.steps}: too few; warmup={c.warmup}, decay={c.decay}": c.warmup + int(c.decay * c.steps) <= c.steps,
+        "muon_learning_rate=0 and adam_learning_rate=0 train nothing": c.muon_learning_rate or c.adam_learning_rate,
         f"width={c.width} must be a multiple of 2 * heads, {2 * c.heads}": c.width % (2 * c.heads) == 0,
         f"heads={c.heads} must be a multiple of kv_heads={c.kv_heads}": c.heads % c.kv_heads == 0,
         f"dtype={c.dtype!r}: choose 'float32' or 'bfloat16'": c.dtype in ("float32", "bfloat16")}

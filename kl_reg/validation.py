@@ -2,10 +2,12 @@
 from __future__ import annotations
 
 import math
+import numbers
+import warnings
 
 from ml_collections import ConfigDict
 
-from kl_reg import advantages, envs, losses, parallel, rewards, runs
+from kl_reg import advantages, envs, losses, no_training, parallel, rewards, runs
 from kl_reg.analysis.groups import compile_expressions
 from kl_reg.config import BUDGETS, HYPER, default, flat, kl_config, members, override
 from kl_reg.kl import controllers, estimators
@@ -24,7 +26,7 @@ _AT_LEAST_ONE = ("rl.iterations", "rl.episodes", "rl.epochs", "rl.minibatches", 
                  "rl.group", "env.opening_tokens")
 _NOT_NEGATIVE = ("kl.coef", "kl.target", "kl.horizon", "kl.rate", "kl.gain", "kl.final", "sampling.top_k", "rl.clip",
                  "rl.clip_high", "rl.value_coef", "rl.entropy_coef", "env.turns", "env.opening_turns", "policy.alpha",
-                 "optim.learning_rate", "optim.max_grad_norm", "optim.final", "seed")
+                 "optim.learning_rate", "optim.final", "seed")
 _RELATIVE = ("leave_one_out", "group", "group_batch", "group_mean")
 """Advantages that compare the episodes of a group."""
 
@@ -40,7 +42,7 @@ _PARTS = ("rl.discount", "rl.gae_lambda", "policy.spend_init", "reference.decay"
 
 
 def validate(config: ConfigDict) -> None:
-    """Everything that can be known to be wrong before any work starts.
+    """Everything that can be known to be wrong before any work starts; warns of runs that train nothing.
 
     Raises:
         ValueError: names the setting, its value and what is accepted.
@@ -52,16 +54,20 @@ def validate(config: ConfigDict) -> None:
                          "start from kl_reg.config.default()")
     compile_expressions(config.log.groups)
     _validate_parallel(config)
+    resolved = []
     for member in members(config):
         shared = [key for key in member if key.startswith(_SHARED)]
         if shared:
             raise ValueError(f"sweep: {', '.join(shared)} cannot differ between members, which share one base model, "
                              "task and evaluation; launch one sweep for each value")
-        _validate_member(override(config, member))
+        own = override(config, member)
+        resolved.append(override(own, {f"rl.{key}": value for key, value in losses.resolve(own.rl).items()}))
+        _validate_member(resolved[-1])
+    for caution in no_training.cautions(resolved):
+        warnings.warn(caution, stacklevel=2)
 
 
 def _validate_member(config):
-    config = override(config, {f"rl.{key}": value for key, value in losses.resolve(config.rl).items()})
     values = flat(config)
     given = [key for key in BUDGETS if values[key] is not None]
     limits = [key for key in _LIMITS if values[key] is not None]
@@ -70,7 +76,7 @@ def _validate_member(config):
             raise ValueError(f"{key}={values[key]!r} must be above 0, or None")
     for key in (*_AT_LEAST_ONE, *_NOT_NEGATIVE, *_PARTS, *given):
         value, low = values[key], 1 if key in _AT_LEAST_ONE else 0
-        if not math.isfinite(value) or value < low:
+        if not isinstance(value, numbers.Real) or not math.isfinite(value) or value < low:
             raise ValueError(f"{key}={value!r} must be a number of at least {low}")
         if key in _PARTS and value > 1:
             raise ValueError(f"{key}={value!r} must be at most 1")
@@ -84,6 +90,7 @@ def _validate_member(config):
                           ("attention", ("", "xla", "cudnn"))):
         if config.model[name] not in choices:
             raise ValueError(f"model.{name}={config.model[name]!r}: choose of {', '.join(map(repr, choices))}")
+    no_training.refuse(config)
     _validate_algorithm(config.rl)
     _validate_policy(config)
     _validate_kl(config, values, given)

@@ -1,14 +1,15 @@
 import hashlib
 import json
 import math
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import pytest
 
-from kl_reg import checkpoint, validation
+from kl_reg import checkpoint, no_training, validation
 from kl_reg import config as configs
 from kl_reg.losses import ALGORITHMS
-from kl_reg.training import loop
+from kl_reg.training import loop, step
 from kl_reg.types import Hyper
 
 
@@ -157,6 +158,60 @@ def test_what_members_share_cannot_be_swept(config, key, value):
 def test_unsound_combinations_are_refused(config, changes, says):
     with pytest.raises((ValueError, FileNotFoundError), match=says):
         validation.validate(configs.override(config, changes))
+
+
+@pytest.mark.parametrize("changes, says", [
+    ({"optim.max_grad_norm": 0.0}, "at least 1e-6, or None, which clips nothing"),
+    ({"optim.max_grad_norm": math.inf}, "optim.max_grad_norm=inf must be a number .* or None"),
+    ({"optim.max_grad_norm": 1e-9}, "vanish beside Adam"), ({"optim.max_grad_norm": -1.0}, "optim.max_grad_norm=-1.0"),
+    ({"optim.max_grad_norm": math.nan}, "optim.max_grad_norm=nan"),
+    ({"optim.learning_rate": 1e-50}, "optim.learning_rate=1e-50 is 0 in float32"),
+    ({"optim.learning_rate": None}, "optim.learning_rate=None must be a number"),
+    ({"rl.clip": 0.0}, "rl.clip=0.0 with rl.clip_high=0.0 and rl.loss='ppo_clip': every ratio but 1"),
+    ({"rl.algorithm": "gspo", "rl.clip": 0.0, "rl.clip_high": 0.0}, "rl.loss='gspo'"),
+    ({"sampling.top_k": 1}, "sampling.top_k=1 leaves .* at least 2"),
+    ({"sampling.min_p": 1.0}, "sampling.min_p=1.0 leaves .* below 1")])
+def test_what_can_train_nothing_is_refused(config, changes, says):
+    with pytest.raises(ValueError, match=says):
+        validation.validate(configs.override(config, changes))
+
+
+@pytest.mark.parametrize("changes", [
+    {"optim.max_grad_norm": None}, {"optim.max_grad_norm": 1e-6}, {"rl.clip": 0.0, "rl.clip_high": 0.1},
+    {"rl.algorithm": "cispo", "rl.clip": 0.0, "rl.clip_high": 0.0}, {"sampling.top_k": 2},
+    {"optim.warmup": 2, "rl.iterations": 1}, {"optim.final": 0.0, "rl.iterations": 3},
+    {"optim.final": 0.0, "rl.iterations": 1, "optim.warmup": 1}, {"reward.weights": (0.0,), "kl.coef": 0.1}])
+def test_what_trains_is_accepted_without_a_word(config, changes):
+    validation.validate(configs.override(config, changes))             # pytest makes an error of a warning
+
+
+@pytest.mark.parametrize("changes, says", [
+    ({"optim.learning_rate": 0.0}, "optim.learning_rate=0.0: the policy stays as it is"),
+    ({"kl.budget": 0.0}, "kl.budget=0.0: the policy"), ({"kl.token_budget": 1e-13}, "kl.token_budget=1e-13: the"),
+    ({"reward.weights": (0.0,)}, r"reward.weights=\(0.0,\), without a KL"),
+    ({"optim.warmup": 1000}, "the run ends at 0.05 of optim.learning_rate"),
+    ({"optim.final": 0.0, "optim.warmup": 1, "rl.iterations": 2}, "one of these iterations has the learning rate 0")])
+def test_a_run_that_trains_next_to_nothing_is_warned_of(config, changes, says):
+    with pytest.warns(UserWarning, match=says):
+        validation.validate(configs.override(config, changes))
+
+
+def test_a_member_that_cannot_change_is_a_control_beside_others(config):
+    config.sweep = [{"optim.learning_rate": (0.0, 1e-3)}, {"kl.budget": (0.0,)}]
+    validation.validate(config)
+    config.sweep = [{"optim.learning_rate": (0.0,)}, {"kl.budget": (0.0,)}]
+    with pytest.warns(UserWarning, match="in every member of this run"):
+        validation.validate(config)
+
+
+@pytest.mark.parametrize("warmup, iterations, final", [(1, 1, 0.0), (1, 2, 0.0), (2, 2, 0.0), (2, 5, 0.0), (9, 2, 1.0)])
+def test_cautions_about_the_schedule_are_those_of_the_rates(config, warmup, iterations, final):
+    """A caution where at least half of the iterations have no rate, or where the rate never comes to half."""
+    config.optim.warmup, config.rl.iterations, config.optim.final = warmup, iterations, final
+    program, hyper = SimpleNamespace(warmup=warmup, iterations=iterations, final=final), configs.split(config)[1]
+    rates = [float(step.learning_rate(program, hyper, i) / hyper.learning_rate) for i in range(iterations)]
+    expected = rates.count(0) >= iterations / 2 or max(rates) < 1 / 2
+    assert bool(no_training.cautions([config])) == expected
 
 
 @pytest.mark.parametrize("name", ALGORITHMS.names())

@@ -232,6 +232,12 @@ def test_a_wrong_setting_is_named(config, tmp_path, key, value, says):
     assert not (tmp_path / "run").exists()
 
 
+def test_without_any_learning_rate_there_is_no_training(config):
+    pretrain.resolve(ConfigDict(config.to_dict() | {"adam_learning_rate": 0.0}))
+    with pytest.raises(ValueError, match="muon_learning_rate=0 and adam_learning_rate=0 train nothing"):
+        pretrain.resolve(ConfigDict(config.to_dict() | {"adam_learning_rate": 0.0, "muon_learning_rate": 0.0}))
+
+
 def test_a_missing_setting_is_named(config):
     del config.rows
     with pytest.raises(ValueError, match=r"missing \['rows'\]"):

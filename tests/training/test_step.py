@@ -359,6 +359,9 @@ def test_update_moves_against_the_gradient_at_the_scheduled_rate(group, usual):
     expected = jax.tree.map(lambda g: -0.01 * g, usual)
     assert_close(jax.tree.map(jnp.subtract, state.params, one(group.params)), expected, 1e-3)
     np.testing.assert_allclose(metrics["optim/grad_norm"], np.linalg.norm(vector(usual)), rtol=1e-4)
+    episodes, rewards, hyper = one(group.episodes), one(group.rewards), one(group.hyper)
+    *_, factor = step.targets(program, episodes, rewards, hyper.kl_coef, hyper)
+    np.testing.assert_allclose(metrics["advantage/factor_max"], factor.max(), rtol=1e-5)
     assert int(state.iteration) == 1
 
 
@@ -385,6 +388,7 @@ def test_gradients_are_clipped_to_the_norm(group, usual):
     for part in (0.1, 2.0):
         clipped = gradient(group.program._replace(max_grad_norm=part * float(norm)), group)
         assert_close(clipped, jax.tree.map(lambda x, part=part: min(part, 1.0) * x, usual), 1e-4)
+    assert_close(gradient(group.program._replace(max_grad_norm=None), group), usual, 1e-6)
 
 
 def test_nothing_is_kept_of_the_unembedding_for_each_position(group):
