@@ -137,13 +137,14 @@ def _read(console, args, one, colour):
 def _talk(console, args, one, colour):
     """The person is the student, or the user."""
     from kl_reg.analysis import conversation, solo, terminal
-    from kl_reg.models import folders, tokenizer
+    from kl_reg.models import end_tokens, tokenizer
 
     with contextlib.suppress(ImportError):      # lines can be edited and recalled, where the platform has it
         import readline  # noqa: F401
 
     folder, env, (title, shown) = one.model.folder, one.team.program.env, solo.SHOWN[colour]
-    words, ends = tokenizer.load(folder), frozenset() if one.is_run else folders.ends(folder)
+    words = tokenizer.load(folder)
+    ends = frozenset() if one.is_run else frozenset(end_tokens.named(folder, words))
     manners = (conversation.as_user(partial(tokenizer.chat, words), ends) if args.chat
                else conversation.as_student(one.config.env, env, words, ends))
     longest = one.model.config.max_position - manners.env.openings.tokens.shape[1]

@@ -3,7 +3,7 @@ import pytest
 
 from configs import arithmetic_grpo
 from kl_reg import rewards, validation
-from kl_reg.models import folders, tokenizer
+from kl_reg.models import end_tokens, folders, tokenizer
 from tests.envs.staging import Stage
 
 
@@ -26,7 +26,8 @@ def test_the_reward_is_for_the_number_alone():
 def test_what_the_model_writes_is_held_against_its_own_problem():
     config, folder = arithmetic_grpo.get_config(), folders.find("smollm2")
     validation.validate(config)
-    stage = Stage(tokenizer.load(folder), eos=folders.ends(folder), **config.env.to_dict())
+    words = tokenizer.load(folder)
+    stage = Stage(words, eos=frozenset(end_tokens.named(folder, words)), **config.env.to_dict())
     asked = stage.env.openings.tokens.tolist().index(stage.ids(arithmetic_grpo.EXAMPLE + "41 + 37 ="))
     for said, worth in ((" 78\n", 1.0), (" 78<|im_end|>", 1.0), (" 79\n", 0.0), (" 78.", 0.0)):
         replies = stage.env.read(stage.transcript(stage.play(stage.ids(said)), row=asked))

@@ -15,7 +15,7 @@ from kl_reg.analysis import sides
 from kl_reg.analysis.divergence import Writer, meanings, measure, summarise
 from kl_reg.analysis.settings import Setting, settings
 from kl_reg.envs.environment import Environment
-from kl_reg.models import folders, tokenizer
+from kl_reg.models import embeddings, folders, tokenizer
 from kl_reg.training import scoring, sweep
 from kl_reg.types import OPENING, PAD, Transcript
 
@@ -104,6 +104,8 @@ def held_out(side: sides.Side, count: int, seed: int) -> Transcript:
     for row, line in enumerate(np.random.default_rng(seed).permutation(lines)[:count]):
         written = _conversation(vocabulary, env_settings, ids, json.loads(line)["turns"])[:env.length]
         tokens[row, len(opening):len(opening) + len(written)], lengths[row] = written, len(written)
+    embeddings.check(np.unique(tokens).tolist(), side.model.config.vocab, "held-out conversations",
+                     str(side.model.folder), vocabulary)
     return _attribute(env, tokens, lengths, len(opening))
 
 

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from kl_reg import rollout
 from kl_reg.analysis.sides import Team
 from kl_reg.envs.environment import Environment
-from kl_reg.models import tokenizer
+from kl_reg.models import embeddings, tokenizer
 from kl_reg.training import scoring
 from kl_reg.types import AGENT, FORCED, PAD, Openings
 
@@ -49,11 +49,13 @@ class Policy(NamedTuple):
     begin(seed) -> (moment, ids of the opening); compiles what is needed.
     add(moment, said) -> (moment, spoken): the next token, `said` or, where that is -1, what its writer draws.
     again(moment, seed, attempt) -> the moment with other draws to come; attempt 0 has those that it had.
+    rows: of the model's embeddings.
     """
 
     begin: Callable[[int], tuple[Moment, list[int]]]
     add: Callable[[Moment, int], tuple[Moment, Spoken]]
     again: Callable[[Moment, int, int], Moment]
+    rows: int
 
 
 def compile_policy(team: Team, shown: Callable) -> Policy:
@@ -86,7 +88,7 @@ def compile_policy(team: Team, shown: Callable) -> Policy:
     def again(moment, seed, attempt):
         return moment._replace(fixed=moment.fixed._replace(keys=keys(seed, attempt)))
 
-    return Policy(begin, add, again)
+    return Policy(begin, add, again, len(team.frozen.base["embed"]))
 
 
 def _apart(base):
@@ -231,6 +233,7 @@ def person_turn(policy: Policy, manners: Manners, words: Tokenizer, state: State
     if state.said is not None:
         turns += (tokenizer.decode(words, [token for token in state.said if token not in manners.ends]),)
     stay, new = manners.say(state.ids, turns, text)
+    embeddings.check((*state.ids, *new), policy.rows, "that turn", "the model", words)
     moment = _rewind(state.moment, len(state.ids) - stay, state.ids[stay - 1])
     room = manners.env.length - moment.position
     if len(new) > room:

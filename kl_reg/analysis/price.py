@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from kl_reg import rollout
 from kl_reg.analysis.stats import mean_and_error, t_interval
 from kl_reg.metrics import progress_bar
-from kl_reg.models import decoder, markers, tokenizer, weights
+from kl_reg.models import decoder, embeddings, markers, tokenizer, weights
 
 
 class Dialogue(NamedTuple):
@@ -95,6 +95,9 @@ def price_of_script(model: weights.Model, openings: Sequence[str], scripts: Sequ
     teacher, student, end = (tokenizer.marker_ids(tok, name, text) for name, text in dialogue._asdict().items())
     own = [tokenizer.encode(tok, _words(script) + dialogue.end) for script in scripts]
     opened, start = tokenizer.left_pad([tokenizer.opening(tok, text + dialogue.teacher) for text in openings])
+    for name, ids in (("the markers", teacher + student + end), ("a script", sum(own, [])),
+                      ("an opening", np.unique(opened).tolist())):
+        embeddings.check(ids, model.config.vocab, name, str(model.folder), tok)
     between = 0 if max_reply is None else len(student) + max_reply + len(end) + len(teacher)
     length = _room(model, opened.shape[1], turns * max(map(len, own)) + (turns - 1) * between, max_reply)
     lines, finder = _lines(end, teacher, own, student), markers.finder(tok, dialogue.end)

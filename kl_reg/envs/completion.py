@@ -5,6 +5,7 @@ The completion ends with one of the model's end tokens, or with the token that c
 """
 from __future__ import annotations
 
+import warnings
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -33,7 +34,8 @@ def completion(config: ConfigDict, tokenizer: Tokenizer, eos: frozenset[int]) ->
     """Builds the environment from `config.env`.
 
     Args:
-        eos: the model's end tokens; where there are none and `env.end` is "", all completions have `env.length` tokens.
+        eos: the model's end tokens; where there are none and `env.end` is "", all completions have `env.length`
+            tokens, and a warning says so.
 
     Raises:
         ValueError: an end marker that the tokenizer cannot write, or prompts that cannot be used.
@@ -41,8 +43,11 @@ def completion(config: ConfigDict, tokenizer: Tokenizer, eos: frozenset[int]) ->
     """
     if config.prefill not in ("", "continue"):
         raise ValueError(f"env.prefill={config.prefill!r}: choose '' or 'continue'")
-    if config.end:
-        text.marker_ids(tokenizer, "env.end", config.end)
+    marker = text.marker_ids(tokenizer, "env.end", config.end) if config.end else []
+    if not marker and not eos:
+        warnings.warn("env.end='': config.json, generation_config.json and tokenizer_config.json of the model name no "
+                      f"end token, so completions only end at their length, env.length={config.length}; set env.end to "
+                      "the text that ends one", stacklevel=2)
     search = finder(tokenizer, config.end) if config.end else None
     ends, (rows, ids) = jnp.array(sorted(eos), jnp.int32), _rows(config, tokenizer)
 
@@ -60,7 +65,8 @@ def completion(config: ConfigDict, tokenizer: Tokenizer, eos: frozenset[int]) ->
         return [_reply(tokenizer, eos, config.end.encode(), rows, transcript, e) for e in range(len(transcript.tokens))]
 
     return Environment(reset, turn, observe, prompts.padded(ids), config.length, read,
-                       "" if config.openings == "fixed" else rows.digest(), students=False)
+                       "" if config.openings == "fixed" else rows.digest(), students=False, ends=eos,
+                       markers=frozenset(marker))
 
 
 def _rows(config, tokenizer):

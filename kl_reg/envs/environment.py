@@ -38,7 +38,8 @@ class Environment(NamedTuple):
     read(transcript) -> the turns of a batch, in order; on the host, numpy in.
     students: whether anybody but the agent draws tokens.
     `length`: tokens of an episode behind its opening, at most. `digest`: of what the settings only name, as a file of
-    prompts; "": nothing.
+    prompts; "": nothing. `ends`: the tokens that end an episode by themselves; `markers`: the tokens of the texts that
+    it writes or looks for. Every model that reads its episodes needs embeddings for them.
     """
 
     reset: Callable
@@ -49,3 +50,5 @@ class Environment(NamedTuple):
     read: Callable[[Transcript], list[Reply]]
     digest: str = ""
     students: bool = True
+    ends: frozenset[int] = frozenset()
+    markers: frozenset[int] = frozenset()

@@ -50,8 +50,8 @@ def teacher_student(config: ConfigDict, tokenizer: Tokenizer, eos: frozenset[int
             `markers`, or openings that cannot be used.
         FileNotFoundError, ImportError: see `prompts.read`.
     """
-    _, teacher, student = (text.marker_ids(tokenizer, f"env.{name}", config[name])
-                           for name in ("end", "teacher", "student"))
+    end, teacher, student = (text.marker_ids(tokenizer, f"env.{name}", config[name])
+                             for name in ("end", "teacher", "student"))
     if config.markers not in ("forced", "written"):
         raise ValueError(f"env.markers={config.markers!r}: choose 'forced' or 'written'")
     forced = config.markers == "forced"
@@ -85,7 +85,8 @@ def teacher_student(config: ConfigDict, tokenizer: Tokenizer, eos: frozenset[int
         return _read(tokenizer, [marker.encode() for marker in terminators], rows, transcript)
 
     return Environment(reset, turn, observe, openings, config.length, read,
-                       "" if config.openings in ("fixed", "held_out") else rows.digest())
+                       "" if config.openings in ("fixed", "held_out") else rows.digest(),
+                       markers=frozenset(end + teacher + student))
 
 
 def _openings(config, tokenizer):

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import jax
 from tokenizers import Tokenizer
 
-from kl_reg.models import configuration, encoder, folders, tokenizer
+from kl_reg.models import configuration, embeddings, encoder, folders, mapping, tokenizer
 from kl_reg.models.encoder import PROBLEMS, EncoderConfig
-from kl_reg.models.mapping import Rule, dense, norm, plain, read
+from kl_reg.models.mapping import Rule, dense, norm, plain
 from kl_reg.models.sources import open_source
 
 
@@ -56,6 +56,8 @@ def _distilbert(hf):
 
 
 def _bert(hf, offset=0):
+    if hf.is_decoder or hf.add_cross_attention:
+        raise ValueError("is_decoder=True and add_cross_attention=True are not supported")
     return _common(hf, mlp_width=hf.intermediate_size, activation=configuration.activation(hf, "hidden_act"),
                    pool="tanh", offset=offset, token_types=hf.type_vocab_size, norm_eps=hf.layer_norm_eps)
 
@@ -100,14 +102,24 @@ _OPTIONAL = (r"position_ids$", r"^pooler\.", r"^(cls|lm_head|vocab_transform|voc
 """Buffers, and what is left of pretraining."""
 
 
+def read(settings: dict) -> tuple[EncoderConfig, Family]:
+    """What a classifier's config.json says.
+
+    Raises:
+        ValueError: an unknown family, or a setting that it does not support.
+    """
+    hf = configuration.parse(settings, FAMILIES)
+    position = settings.get("position_embedding_type", "absolute")      # unknown to today's classes
+    if position != "absolute":
+        raise ValueError(f"position_embedding_type {position!r} is not supported; known: absolute")
+    return FAMILIES[hf.model_type].config(hf), FAMILIES[hf.model_type]
+
+
 def _read(folder, dtype):
     settings = folders.settings(folder)
     with configuration.errors_of(folder):
-        hf = configuration.parse(settings, FAMILIES)
-        position = settings.get("position_embedding_type", "absolute")      # unknown to today's classes
-        if position != "absolute":
-            raise ValueError(f"position_embedding_type {position!r} is not supported; known: absolute")
-        return dataclasses.replace(FAMILIES[hf.model_type].config(hf), dtype=dtype), FAMILIES[hf.model_type]
+        config, family = read(settings)
+    return dataclasses.replace(config, dtype=dtype), family
 
 
 def load_config(path: str, dtype: str = "float32") -> EncoderConfig:
@@ -117,7 +129,7 @@ def load_config(path: str, dtype: str = "float32") -> EncoderConfig:
         FileNotFoundError: a file is missing.
         ValueError: an unknown family, or a setting that is not supported.
     """
-    return _read(folders.find(path, "reward.path"), dtype)[0]
+    return _read(folders.find(path, "reward.path", read), dtype)[0]
 
 
 def load(path: str, dtype: str = "float32") -> Classifier:
@@ -128,14 +140,15 @@ def load(path: str, dtype: str = "float32") -> Classifier:
         ValueError: an unknown family or setting, no classification head, a tokenizer that does not fit, or missing,
             extra or misshapen weights (all listed).
     """
-    folder = folders.find(path, "reward.path")
+    folder = folders.find(path, "reward.path", read)
     config, family = _read(folder, dtype)
     source = open_source(folder)
     if family.head not in source.shapes:
         raise ValueError(f"{source.path} has no sequence classification head ({family.head})")
     shapes = jax.eval_shape(partial(encoder.init, config), jax.random.key(0))
     renames = (*_OLD_NAMES, (rf"^{family.prefix}\.", ""))
-    return Classifier(config, read(family.rules, shapes, source, dtype, _OPTIONAL, renames), _tokenizer(folder, config))
+    params = mapping.read(family.rules, shapes, source, dtype, _OPTIONAL, renames)
+    return Classifier(config, params, _tokenizer(folder, config))
 
 
 def _tokenizer(folder, config):
@@ -144,6 +157,5 @@ def _tokenizer(folder, config):
     loaded.enable_truncation(config.max_length)
     if not loaded.encode("").ids:
         raise ValueError(f"{folder}: the tokenizer adds no special token to a text, and the model reads the first one")
-    if loaded.get_vocab_size() > config.vocab:
-        raise ValueError(f"{folder}: the tokenizer has {loaded.get_vocab_size()} tokens, the model {config.vocab}")
+    embeddings.check(loaded.encode("").ids, config.vocab, "what the tokenizer adds to a text", str(folder), loaded)
     return loaded

@@ -90,7 +90,7 @@ def _local(hf) -> dict:
 
 
 def _all_local(hf) -> dict:
-    """One sliding window for all layers, of families whose torch models do not look at `layer_types`."""
+    """One sliding window for all layers, of families that have no `layer_types`."""
     return {"local": (True,) * hf.num_hidden_layers, "window": hf.sliding_window} if hf.sliding_window else {}
 
 
@@ -142,9 +142,11 @@ def _gpt2(hf):
         gated=False, qkv_bias=True, out_bias=True, mlp_bias=True, tied=hf.tie_word_embeddings)
 
 
-def _neox(hf):
+def _neox(hf):      # whose torch model has as many heads of keys as of queries, of this width, whatever else is given
+    heads, head_width = hf.num_attention_heads, hf.hidden_size // hf.num_attention_heads
     return common(hf, norm="layer", norm_eps=hf.layer_norm_eps, gated=False, parallel=hf.use_parallel_residual,
-                  qkv_bias=hf.attention_bias, out_bias=hf.attention_bias, mlp_bias=True)
+                  qkv_bias=hf.attention_bias, out_bias=hf.attention_bias, mlp_bias=True, kv_heads=heads,
+                  head_width=head_width, rope=_rope(hf.rope_parameters, head_width))
 
 
 _LAYER = "model.layers.{i}."
@@ -222,6 +224,7 @@ _TEXT_PART = ((r"^language_model\.model\.|^model\.language_model\.", "model."),
 FAMILIES = {
     "llama": Family(_llama, _fixed(_ENDS, _ATTENTION, _MLP, _PRE), _TIED + _BUFFERS),
     "mistral": Family(lambda hf: _whole(hf, **_all_local(hf)), _fixed(_ENDS, _ATTENTION, _MLP, _PRE), _TIED + _BUFFERS),
+    "ministral": Family(lambda hf: _whole(hf, **_local(hf)), _fixed(_ENDS, _ATTENTION, _MLP, _PRE), _TIED + _BUFFERS),
     "mixtral": Family(_mixtral, _fixed(_ENDS, _ATTENTION, _EXPERTS, _PRE), _TIED + _BUFFERS),
     "qwen2": Family(lambda hf: _whole(hf, **_local(hf), qkv_bias=True), _fixed(_ENDS, _ATTENTION, _MLP, _PRE), _TIED),
     "qwen3": Family(_qwen3, _fixed(_ENDS, _ATTENTION, _QK_NORM, _MLP, _PRE), _TIED),

@@ -14,7 +14,7 @@ from functools import partial
 
 import jax
 
-from kl_reg.models import configuration, decoder, families, folders, gguf_file, mapping
+from kl_reg.models import configuration, decoder, encoder_families, families, folders, gguf_file, mapping
 
 
 def fetch(name: str, out: pathlib.Path | None = None) -> tuple[pathlib.Path, bool]:
@@ -40,7 +40,7 @@ def fetch(name: str, out: pathlib.Path | None = None) -> tuple[pathlib.Path, boo
         return _made(out, lambda there: (there / model).is_file() and filecmp.cmp(file, there / model, shallow=False),
                      lambda folder: _convert(file, folder / model))
     if package is None:
-        found = folders.check(folders.hub(name, "MODEL"), name, setting="MODEL")
+        found = folders.check(folders.hub(name, "MODEL", _read), name, setting="MODEL", read=_read)
         return (found, False) if out is None else _made(
             out, lambda there: folders.digest(there) == folders.digest(found), lambda folder: _copy(found, folder))
     model = pathlib.PurePath(package.member).name
@@ -53,7 +53,7 @@ def _made(out, holds_it, fill) -> tuple[pathlib.Path, bool]:
     """`out` with what `fill` puts into it; if it is there already it has to be the same model, as `holds_it` says."""
     if out.exists():
         hint = "; remove it, or choose another --out"
-        folders.check(out, str(out), hint, "--out")
+        folders.check(out, str(out), hint, "--out", _read)
         if not holds_it(out):
             raise ValueError(f"{out} is there and holds another model{hint}")
         return out, True
@@ -64,6 +64,13 @@ def _made(out, holds_it, fill) -> tuple[pathlib.Path, bool]:
         fill(folder)
         folder.rename(out)
     return out, False
+
+
+def _read(settings):
+    """A language model's config.json or a classifier's."""
+    configuration.check_family(settings, [*families.FAMILIES, *encoder_families.FAMILIES])
+    kind = encoder_families if settings["model_type"] in encoder_families.FAMILIES else families
+    kind.read(settings)
 
 
 def _copy(found, folder):

@@ -7,11 +7,12 @@ import json
 import os
 import pathlib
 import re
+from collections.abc import Callable
 from typing import NamedTuple
 
 import huggingface_hub
 
-from kl_reg.models import sources
+from kl_reg.models import configuration, families, sources
 
 EMBEDDED = pathlib.Path(__file__).parent.parent / "assets"
 HUB_FILES = ("config.json", "generation_config.json", "*.safetensors", sources.INDEX, "tokenizer.json",
@@ -36,7 +37,7 @@ PACKAGED = {"smollm2": Package(
     "SmolLM2-135M-Instruct by HuggingFaceTB (Apache-2.0), quantised to 4 bits (Q4_1) by QuantFactory")}
 
 
-def find(path: str, setting: str = "model.path") -> pathlib.Path:
+def find(path: str, setting: str = "model.path", read: Callable = families.read) -> pathlib.Path:
     """The folder of the model that `path` names, with its config.json, weights and tokenizer.
 
     Args:
@@ -44,24 +45,27 @@ def find(path: str, setting: str = "model.path") -> pathlib.Path:
             "org/name" or "org/name@revision", which is downloaded unless its cache has it. A folder goes before a
             model of the hub of the same name.
         setting: what messages call it.
+        read: reads the content of its config.json and raises a ValueError where that asks for what is not supported;
+            it is called before anything else is looked at or downloaded.
 
     Raises:
         FileNotFoundError: there is no such model, or it lacks files (all listed).
-        ValueError: it is a GGUF file, or its weights are not in a format that is read (`sources.weight_files`).
+        ValueError: it is a GGUF file, its family or one of its settings is not supported, or its weights are not in a
+            format that is read (`sources.weight_files`).
     """
     if path == "embedded":
         hint = "; `python -m launch.pretrain --config=configs/pretrain_chitchat.py` makes it"
-        return check(EMBEDDED, path, hint, setting)
+        return check(EMBEDDED, path, hint, setting, read)
     if path in PACKAGED:
-        return check(place(path), path, f"; `python -m launch.fetch {path}` gets it", setting)
+        return check(place(path), path, f"; `python -m launch.fetch {path}` gets it", setting, read)
     folder = pathlib.Path(path)
     if folder.suffix == ".gguf" and folder.is_file():
         raise ValueError(f"{setting}={path!r} is to be a folder; `python -m launch.fetch {path} --out=DIR` makes one "
                          "of a GGUF file")
     if not folder.is_dir() and is_hub(path):
-        folder = hub(path, setting)
+        folder = hub(path, setting, read)
     return check(folder, path, f"; accepted: embedded, {', '.join(PACKAGED)}, a folder, ORG/NAME[@REVISION] of the "
-                 "Hugging Face hub" * (not folder.is_dir()), setting)
+                 "Hugging Face hub" * (not folder.is_dir()), setting, read)
 
 
 def place(name: str) -> pathlib.Path:
@@ -74,28 +78,52 @@ def is_hub(path: str) -> bool:
     return _HUB_NAME.fullmatch(path) is not None and not path.endswith(".gguf")
 
 
-def hub(path: str, setting: str = "model.path") -> pathlib.Path:
-    """The folder of a model of the hub in the cache of the hub's client; what the cache lacks is downloaded.
+def hub(path: str, setting: str = "model.path", read: Callable = families.read) -> pathlib.Path:
+    """The folder of a model of the hub in the cache of the hub's client; what the cache lacks is downloaded, the
+    weights only once `read` has accepted config.json.
 
     Raises:
-        FileNotFoundError: neither the cache nor the hub gives it.
+        FileNotFoundError: neither the cache nor the hub gives it, or it has no config.json.
+        ValueError: its family or one of its settings is not supported.
     """
+    repo, revision = _HUB_NAME.fullmatch(path).groups()
     try:
-        return _snapshot(**_HUB_NAME.fullmatch(path).groupdict())
+        first = _snapshot(repo, revision, ("config.json",))
     except Exception as error:      # the hub's client raises dozens of kinds, not all of them OSError
-        raise FileNotFoundError(f"{setting}={path!r}: there is no such folder, and the Hugging Face hub does not give "
-                                f"it: {' '.join(str(error).split())}") from error
+        raise _not_given(path, setting, error) from error
+    if not (first / "config.json").is_file():
+        raise FileNotFoundError(f"{setting}={path!r}: the repository has no config.json; of its GGUF files, if there "
+                                "are any, `python -m launch.fetch FILE.gguf --out=DIR` makes a folder")
+    _check_supported(first, path, setting, read)
+    try:
+        return _snapshot(repo, first.name, HUB_FILES)       # of the same commit
+    except Exception as error:
+        raise _not_given(path, setting, error) from error
+
+
+def _not_given(path, setting, error):
+    return FileNotFoundError(f"{setting}={path!r}: there is no such folder, and the Hugging Face hub does not give it: "
+                             + " ".join(str(error).split()))
 
 
 @functools.cache     # so that one process sees one revision, and asks for it once
-def _snapshot(repo, revision):
+def _snapshot(repo, revision, files):
     return pathlib.Path(huggingface_hub.snapshot_download(
-        repo, revision=revision, allow_patterns=list(HUB_FILES),
+        repo, revision=revision, allow_patterns=list(files),
         ignore_patterns=["*/*", "consolidated*"]))      # the same weights in other formats
 
 
-def check(folder: pathlib.Path, path: str, hint: str = "", setting: str = "model.path") -> pathlib.Path:
-    """`folder`, if it has all that a model needs; messages name `path`.
+def _check_supported(folder, path, setting, read):
+    try:
+        with configuration.errors_of(folder):
+            read(settings(folder))
+    except ValueError as error:
+        raise ValueError(f"{setting}={path!r}: {error}") from None
+
+
+def check(folder: pathlib.Path, path: str, hint: str = "", setting: str = "model.path",
+          read: Callable = families.read) -> pathlib.Path:
+    """`folder`, if it has all that a model needs, and what `read` accepts; messages name `path`.
 
     Raises:
         FileNotFoundError, ValueError: see `find`.
@@ -103,7 +131,11 @@ def check(folder: pathlib.Path, path: str, hint: str = "", setting: str = "model
     if not folder.is_dir():
         what = "no folder" if folder.exists() else "missing"
         raise FileNotFoundError(f"{setting}={path!r}: {folder} is {what}{hint}")
-    lacks = [] if (folder / "config.json").is_file() else [f"{folder / 'config.json'} is missing"]
+    lacks = []
+    if (folder / "config.json").is_file():
+        _check_supported(folder, path, setting, read)
+    else:
+        lacks.append(f"{folder / 'config.json'} is missing")
     try:
         sources.weight_files(folder)
     except FileNotFoundError as error:
@@ -118,13 +150,13 @@ def check(folder: pathlib.Path, path: str, hint: str = "", setting: str = "model
     return folder
 
 
-def settings(folder: pathlib.Path) -> dict:
-    """The model's config.json.
+def settings(folder: pathlib.Path, name: str = "config.json") -> dict:
+    """The model's config.json, or another of its JSON files.
 
     Raises:
         ValueError: it is no JSON object.
     """
-    file = folder / "config.json"
+    file = folder / name
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -151,12 +183,3 @@ def _digest(files):
         with open(file, "rb") as stream:
             digests.append(hashlib.file_digest(stream, "sha256").hexdigest())
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
-
-
-def ends(folder: pathlib.Path) -> frozenset[int]:
-    """The tokens with which a model says that it has ended (`eos_token_id`, of generation_config.json too)."""
-    found = []
-    for file in (folder / "config.json", folder / "generation_config.json"):
-        number = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") if file.is_file() else None
-        found += number if isinstance(number, list) else [] if number is None else [number]
-    return frozenset(found)

@@ -8,7 +8,7 @@ import gguf
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from kl_reg.models import gguf_header
+from kl_reg.models import configuration, gguf_header
 from kl_reg.models.sources import Source
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
@@ -20,6 +20,10 @@ _LAYER = {"attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k"
           "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
 _ROPE = "rope_freqs.weight"
 
+_READ = ("embedding_length", "attention.head_count", "attention.head_count_kv", "attention.key_length", "block_count",
+         "feed_forward_length", "context_length", "attention.layer_norm_rms_epsilon", "rope.freq_base")
+_INERT = ("vocab_size", "tensor_data_layout", "pooling_type", "expert_used_count", "rope.scaling.finetuned",
+          "rope.scaling.original_context_length")
 _SPECIAL = {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "unk_token": "unknown_token_id",
             "pad_token": "padding_token_id"}
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
@@ -167,7 +171,7 @@ def _values(file, name, header):
 def _config(file, header):
     family, tensors = header.settings.get("general.architecture"), header.tensors
     if family not in ARCHITECTURES:
-        raise ValueError(f"{file}: architecture {family!r} is not supported; known: {sorted(ARCHITECTURES)}")
+        raise ValueError(f"{file}: {configuration.unsupported('architecture', family, ARCHITECTURES)}")
 
     def number(key, otherwise=None):
         value = header.settings.get(f"{family}.{key}", otherwise)
@@ -177,10 +181,14 @@ def _config(file, header):
 
     width, heads = number("embedding_length"), number("attention.head_count")
     head_width = number("attention.key_length", width // heads)
-    plain = {"rope.scaling.type": "none", "rope.dimension_count": head_width, "attention.value_length": head_width,
-             "expert_count": 0}
-    special = [f"{family}.{key}={header.settings[f'{family}.{key}']!r}" for key, value in plain.items()
-               if header.settings.get(f"{family}.{key}", value) != value]
+    neutral = {"rope.scaling.type": "none", "rope.scaling.factor": 1.0, "rope.scaling.attn_factor": 1.0,
+               "rope.dimension_count": head_width, "attention.value_length": head_width, "attention.causal": True,
+               "expert_count": 0}
+    special = []
+    for key, value in header.settings.items():
+        name = key.removeprefix(f"{family}.")
+        if name not in (key, *_READ, *_INERT) and (name not in neutral or value != neutral[name]):
+            special.append(f"{key}={value!r}")
     if special or "token_embd.weight" not in tensors:
         raise ValueError(f"{file}: not supported: {', '.join(special) or 'no token_embd.weight'}")
     tokens = {f"{name}_id": header.settings[f"tokenizer.ggml.{key}"] for name, key in _SPECIAL.items()

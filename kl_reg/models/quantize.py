@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from kl_reg import chitchat
 from kl_reg.kl.exact import reverse_kl
-from kl_reg.models import decoder, folders, tokenizer
+from kl_reg.models import decoder, embeddings, folders, tokenizer
 from kl_reg.models.decoder import DecoderConfig
 from kl_reg.models.weights import Model
 
@@ -100,7 +100,9 @@ def held_out(model: Model) -> Int[Array, "b t"]:
     lines = (folders.EMBEDDED / "held_out.jsonl").read_text(encoding="utf-8").splitlines()
     length = min(_LENGTH, model.config.max_position)
     rows = (tokenizer.opening(words, chitchat.transcript(json.loads(line)["turns"]))[:length] for line in lines)
-    return jnp.array(list(itertools.islice((row for row in rows if len(row) == length), _CONVERSATIONS)))
+    kept = list(itertools.islice((row for row in rows if len(row) == length), _CONVERSATIONS))
+    embeddings.check(itertools.chain(*kept), model.config.vocab, "held-out conversations", str(model.folder), words)
+    return jnp.array(kept)
 
 
 @partial(jax.jit, static_argnums=0)

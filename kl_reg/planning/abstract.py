@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from kl_reg import config as configs
 from kl_reg import rollout, runs, validation
-from kl_reg.models import decoder, folders, quantize, weights
+from kl_reg.models import configuration, decoder, families, folders, quantize, weights
 from kl_reg.planning import flops
 from kl_reg.training import program, scoring, sweep
 from kl_reg.types import Episodes, Frozen, Hyper, Openings, TrainState
@@ -163,6 +163,8 @@ def _place(setting, path, folder) -> tuple[str, bool]:
             settings = folders.settings(own)
     else:
         settings = _settings(setting, path)
+    with configuration.errors_of(own):
+        families.read(settings)
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(settings), encoding="utf-8")
     (folder / "model.safetensors").touch()      # is looked for, and never read

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.tree_util import keystr, tree_leaves_with_path
 
-from kl_reg.models import encoder
+from kl_reg.models import embeddings, encoder
 from kl_reg.models.encoder_families import Classifier, load, load_config
 from kl_reg.rewards.buckets import batches
 from kl_reg.rewards.chat import texts
@@ -31,7 +31,11 @@ class ClassifierReward:
     memory: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def __call__(self, completions: list, **columns) -> list[float]:
-        """The reward of each completion; an empty one is scored as the text it is."""
+        """The reward of each completion; an empty one is scored as the text it is.
+
+        Raises:
+            ValueError: a text has a token for which the model has no embedding.
+        """
         said = texts(completions)
         new = [text for text in dict.fromkeys(said) if text not in self.memory]
         self.memory.update(zip(new, self._score(new), strict=True))
@@ -43,6 +47,8 @@ class ClassifierReward:
     def _score(self, new):
         config, params, tokenizer = self.model
         rows = [encoding.ids for encoding in tokenizer.encode_batch(new)]
+        for row in rows:
+            embeddings.check(row, config.vocab, "a text that the reward is asked of", "the classifier", tokenizer)
         parts = [(part, _probabilities(config, params, *jax.device_put(_pad([rows[i] for i in part], *shape))))
                  for part, shape in batches([len(row) for row in rows], config.max_length)]
         scores = np.empty(len(new), np.float32)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
 
-from kl_reg.models import decoder, folders, tokenizer, weights
+from kl_reg.models import decoder, embeddings, folders, tokenizer, weights
 from kl_reg.rewards.buckets import batches
 from kl_reg.rewards.chat import texts
 
@@ -30,7 +30,8 @@ class LogLikelihood:
         """The reward of each completion; None of an empty one, and of one token with nothing before it.
 
         Raises:
-            ValueError: a completion is longer than the model's context, or there is a chat and no chat template.
+            ValueError: a completion is longer than the model's context, a text has a token without an embedding, or
+                there is a chat and no chat template.
         """
         rows = [self._row(*pair) for pair in zip(prompts, texts(completions), strict=True)]
         rows = {i: row for i, row in enumerate(rows) if row[1]}
@@ -53,6 +54,8 @@ class LogLikelihood:
             raise ValueError(f"a completion has {len(said)} tokens; the model in {self.model.folder} has a context of "
                              f"{longest}, and a token of the prompt must fit, too")
         ids = (before + said)[-longest:]
+        embeddings.check(ids, self.model.config.vocab, "a text that the reward is asked of", str(self.model.folder),
+                         self.words)
         return ids, min(len(said), max(len(ids) - 1, 0))    # of the first token of all there is no probability
 
     def _score(self, rows):
@@ -81,15 +84,12 @@ def check(path: str) -> None:
 
     Raises:
         FileNotFoundError: there is none, or a file is missing.
-        ValueError: an unknown family, or a tokenizer that does not fit.
+        ValueError: an unknown family, or a setting that is not supported.
     """
     if not path:
         raise ValueError("reward.path='' with reward.name='log_likelihood': give the folder or hub name of a language "
                          "model")
-    folder = str(folders.find(path, "reward.path"))
-    last, vocab = max(weights.vocabulary(folder)[0].values()), weights.load_config(folder).vocab
-    if last >= vocab:
-        raise ValueError(f"reward.path={path!r}: its tokenizer has a token {last}, its model {vocab} of them")
+    tokenizer.load(folders.find(path, "reward.path"))
 
 
 @partial(jax.jit, static_argnums=0)

@@ -19,7 +19,7 @@ from kl_reg import config as configs
 from kl_reg.analysis import report
 from kl_reg.analysis.recorded import ledger, objective
 from kl_reg.identity import digest_of, name_of
-from kl_reg.models import folders, quantize, weights
+from kl_reg.models import end_tokens, folders, quantize, tokenizer, weights
 from kl_reg.training import sweep
 from kl_reg.training.judging import Judges, ask, credit, describe, judge
 from kl_reg.types import Episodes
@@ -85,6 +85,9 @@ def train(config: ConfigDict, reward_fn: Callable | Sequence[Callable] | None = 
         model, rounding = quantize.convert(model)
         _say(f"model.quantize={config.model.quantize}: {rounding}")
     groups = sweep.plan(config, model, loss_fn, mesh)
+    if groups[0].program.env.ends:
+        words = tokenizer.load(model.folder)
+        _say(f"end tokens: {end_tokens.describe(end_tokens.named(model.folder, words), words)}")
     student = config.env.student_model
     inputs = checkpoint.Inputs(
         folders.digest(model.folder), judged, [list(group.digests) for group in groups], groups[0].program.env.digest,

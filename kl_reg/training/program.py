@@ -9,11 +9,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from kl_reg import advantages, divided, envs, losses, parallel, rollout
+from kl_reg import advantages, divided, envs, losses, parallel, rollout, runs
 from kl_reg.analysis.groups import TokenGroups, token_groups
 from kl_reg.config import Static
 from kl_reg.envs.environment import Environment
@@ -21,7 +22,7 @@ from kl_reg.identity import name_of
 from kl_reg.kl import controllers, estimators
 from kl_reg.losses import reductions
 from kl_reg.mapped import over_members
-from kl_reg.models import folders, policies, policy, reference, student, tokenizer, weights
+from kl_reg.models import embeddings, end_tokens, policies, policy, reference, student, tokenizer, weights
 from kl_reg.training import scoring, step
 from kl_reg.types import Episodes, Frozen, Hyper, Sampling, TrainState
 
@@ -144,8 +145,8 @@ def build(static: Static, model: weights.Model, start=None, loss: Callable | Non
         loss: instead of the one that `rl.loss` names.
 
     Raises:
-        ValueError: an episode with its opening is longer than the model's context, or `model.attention` cannot be had
-            here.
+        ValueError: an episode with its opening is longer than the model's context, a model has no embedding for a
+            token of an opening, a marker or an end token, or `model.attention` cannot be had here.
     """
     config = static.config()
     if config.model.attention == "cudnn" and jax.default_backend() != "gpu":
@@ -153,7 +154,7 @@ def build(static: Static, model: weights.Model, start=None, loss: Callable | Non
                          "Choose '', or 'xla', its equal")
     rl, kl, drawn = config.rl, config.kl, Sampling(**config.sampling)
     words = tokenizer.load(model.folder)
-    env = envs.ENVIRONMENTS[config.env.name](config.env, words, folders.ends(model.folder))
+    env = envs.ENVIRONMENTS[config.env.name](config.env, words, frozenset(end_tokens.named(model.folder, words)))
     slots = env.openings.tokens.shape[1] + env.length
     if slots > model.config.max_position:
         raise ValueError(f"env.length={env.length} and an opening of {slots - env.length} tokens make {slots}; the "
@@ -162,6 +163,7 @@ def build(static: Static, model: weights.Model, start=None, loss: Callable | Non
     if other and slots > weights.load_config(other).max_position:
         raise ValueError(f"env.length={env.length} and an opening of {slots - env.length} tokens make {slots}; the "
                          f"context of env.student_model={other!r} is {weights.load_config(other).max_position}")
+    _check_embeddings(config, env, words, model)
     shapes = dataclasses.replace(model.config, cache=config.model.cache, remat=config.model.remat,
                                  attention=config.model.attention)
     agent = policies.build(config.policy.kind, shapes, config.policy)
@@ -181,6 +183,20 @@ def build(static: Static, model: weights.Model, start=None, loss: Callable | Non
         normalise=rl.normalise, iterations=rl.iterations, episodes=rl.episodes, epochs=rl.epochs,
         minibatches=rl.minibatches, accumulate=rl.accumulate, entries=rl.entries, copies=config.model.copies,
         warmup=config.optim.warmup, final=config.optim.final, cpu=jax.default_backend() == "cpu")
+
+
+def _check_embeddings(config, env, words, model):
+    """Raises where a model that reads the episodes lacks a row for a token of an opening, a marker or an end token."""
+    others = [("env.student_model", config.env.student_model)] * bool(config.env.student_model)
+    others += [("reference.paths", path) for path in config.reference.paths if not runs.parse(path)]
+    tables = [(f"model.path={config.model.path!r}", model.config.vocab),
+              *((f"{setting}={path!r}", weights.load_config(path).vocab) for setting, path in others)]
+    tokens = np.asarray(env.openings.tokens)
+    for name, rows in tables:
+        for row in np.flatnonzero((tokens >= rows).any(axis=1))[:1]:
+            embeddings.check(tokens[row].tolist(), rows, f"opening {row + 1} of {len(tokens)}", name, words)
+        embeddings.check(env.markers, rows, "env.end, env.teacher or env.student", name, words)
+        embeddings.check(env.ends, rows, "the end tokens of the model", name, words)
 
 
 class Compiled(NamedTuple):

@@ -53,6 +53,15 @@ def test_a_completion_ends_with_an_end_token_or_the_length(tiny_tokenizer):
     assert [reply.end - batch.tokens.shape[1] + LENGTH for reply in replies] == [2, 0, 9]
 
 
+def test_what_nothing_ends_is_warned_about(tiny_tokenizer):
+    with pytest.warns(UserWarning, match="env.end='': .* no end token, so completions only end at .*env.length=10"):
+        made = stage(tiny_tokenizer, end="")
+    assert letters(made.play(made.bytes("y\n" * LENGTH))[0]) == "A" * LENGTH
+    assert stage(tiny_tokenizer, end="xy").env.ends == frozenset()          # without a warning
+    made = stage(tiny_tokenizer, end="xy", eos=frozenset({END}))
+    assert made.env.ends == {END} and made.env.markers == set(made.ids("xy"))
+
+
 def test_with_an_end_marker_end_tokens_end_it_too(tiny_tokenizer):
     made = stage(tiny_tokenizer, end="xy", eos=frozenset({END}))
     roles, turns, tokens = made.play([*made.bytes("x"), END, *made.bytes("y")])

@@ -17,7 +17,7 @@ import pytest
 from kl_reg.analysis import conversation, solo
 from kl_reg.config import default
 from kl_reg.envs import ENVIRONMENTS
-from kl_reg.models import decoder, folders, tokenizer, weights
+from kl_reg.models import decoder, tokenizer, weights
 from kl_reg.types import AGENT, FORCED, OPENING, STUDENT
 from launch import sample
 
@@ -221,15 +221,6 @@ def test_the_students_prefix_is_shown_once(tiny_tokenizer, markers, prompt):
     settings.markers = markers
     env = ENVIRONMENTS[settings.name](settings, tiny_tokenizer)
     assert conversation.as_student(settings, env, tiny_tokenizer, frozenset()).person == prompt
-
-
-def test_where_a_model_ends(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 2}))
-    assert folders.ends(tmp_path) == {2}
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 7]}))
-    assert folders.ends(tmp_path) == {2, 5, 7}
-    (tmp_path / "config.json").write_text("{}")
-    assert folders.ends(tmp_path) == {5, 7}
 
 
 def test_ctrl_c_waits_for_the_token():

@@ -241,7 +241,10 @@ def test_a_tokenizer_that_does_not_fit_is_refused(copy):
     with pytest.raises(ValueError, match="adds no special token"):
         load(str(folder))
     tokenizer = word_pieces()
-    tokenizer.add_tokens([f"new{i}" for i in range(96)])
+    tokenizer.add_tokens([f"new{i}" for i in range(96)])        # unused, so that no embedding is needed
     tokenizer.save(str(folder / "tokenizer.json"))
-    with pytest.raises(ValueError, match=f"{tokenizer.get_vocab_size()} tokens, the model 96"):
+    assert load(str(folder)).config.vocab == 96
+    tokenizer.post_processor = processors.BertProcessing(("new95", tokenizer.token_to_id("new95")), ("[CLS]", 2))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    with pytest.raises(ValueError, match="adds to a text: token .*'new95'.* no embedding .* 96 rows"):
         load(str(folder))

@@ -7,7 +7,7 @@ import shutil
 import huggingface_hub
 import pytest
 
-from kl_reg.models import folders
+from kl_reg.models import encoder_families, fetch, folders
 from tests import tiny_gguf
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
@@ -138,8 +138,9 @@ def test_the_hub_is_asked_for_the_revision_and_no_more_than_is_needed(copy, hub)
     calls, answer = hub
     answer.append(str(copy))
     assert folders.find("org/tiny@v2") == folders.find("org/tiny@v2") == copy
-    ((repo,), asked), = calls       # once
-    assert repo == "org/tiny" and asked["revision"] == "v2"
+    ((repo,), first), ((same,), asked) = calls       # once
+    assert repo == same == "org/tiny" and first["allow_patterns"] == ["config.json"]
+    assert first["revision"] == "v2" and asked["revision"] == copy.name     # the commit that the first call gave
     files = ["config.json", "model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json",
              "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "tokenizer.model",
              "chat_template.jinja", "special_tokens_map.json"]
@@ -159,6 +160,45 @@ def test_a_failure_of_the_hub_is_one_line_that_names_the_setting(hub, failure, t
     with pytest.raises(FileNotFoundError, match="^model.path='org/tiny': .*Hugging Face hub") as error:
         folders.find("org/tiny")
     assert " ".join(str(failure).split()) in str(error.value) and "\n" not in str(error.value)
+
+
+UNSUPPORTED = {
+    "qwen3_moe": ({"model_type": "qwen3_moe"}, "model_type 'qwen3_moe' .*nearest supported family is 'qwen3'"),
+    "gemma3n_text": ({"model_type": "gemma3n_text"}, "nearest supported family is 'gemma3_text'"),
+    "mamba": ({"model_type": "mamba"}, "nearest supported family is 'llama', and docs/models.md says"),
+    "a setting": ({"model_type": "llama", "hidden_act": "mish"}, "hidden_act 'mish' is not supported"),
+    "quantised": ({"model_type": "llama", "quantization_config": {"bits": 4}}, "quantization_config=.* not supported")}
+
+
+@pytest.mark.parametrize("case", UNSUPPORTED)
+@pytest.mark.parametrize("find", [folders.find, encoder_families.load_config, fetch.fetch])
+def test_a_model_of_the_hub_is_refused_before_its_weights_are_downloaded(hub, tmp_path, monkeypatch, case, find):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "snapshot").mkdir()
+    settings, says = UNSUPPORTED[case]
+    (tmp_path / "snapshot/config.json").write_text(json.dumps(settings))
+    hub[1].append(str(tmp_path / "snapshot"))
+    says = "model_type .* is not supported; the nearest" if find is encoder_families.load_config else says
+    with pytest.raises(ValueError, match=f"^[A-Za-z.]+='org/tiny': .*config.json: .*{says}"):
+        find("org/tiny")
+    assert [asked["allow_patterns"] for _, asked in hub[0]] == [["config.json"]]
+
+
+def test_a_repository_without_a_config_is_refused_before_its_weights_are_downloaded(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    hub[1].append(str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="^model.path='org/tiny': the repository has no config.json; .*GGUF"):
+        folders.find("org/tiny")
+    assert len(hub[0]) == 1
+
+
+@pytest.mark.parametrize("case", UNSUPPORTED)
+def test_a_folder_is_asked_for_its_family_before_its_files(tmp_path, case):
+    settings, says = UNSUPPORTED[case]
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(ValueError, match=f"^reward.path='.*config.json: .*{says}"):
+        folders.find(str(tmp_path), "reward.path")
 
 
 def test_a_folder_goes_before_the_hub(tiny_folder, tmp_path, monkeypatch, hub):

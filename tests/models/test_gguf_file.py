@@ -112,6 +112,8 @@ def test_the_scaling_of_llama_3_is_recognised(tmp_path):
 @pytest.mark.parametrize("setting, says", [
     ({"rope.scaling.type": "yarn"}, "llama.rope.scaling.type='yarn'"), ({"expert_count": 8}, "llama.expert_count=8"),
     ({"rope.dimension_count": 8}, "llama.rope.dimension_count=8"), ({"block_count": "2"}, "llama.block_count is '2'"),
+    ({"rope.scaling.factor": 4.0}, "llama.rope.scaling.factor=4.0"), ({"logit_scale": 2.0}, "llama.logit_scale=2.0"),
+    ({"attention.sliding_window": 8}, "llama.attention.sliding_window=8"),
     ({"attention.head_count": 0}, "llama.attention.head_count is 0")])
 def test_a_setting_that_is_not_supported_is_named(tmp_path, setting, says):
     tiny_gguf.write(tmp_path / "a.gguf", **setting)

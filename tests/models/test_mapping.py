@@ -60,9 +60,9 @@ OLD_SPELLINGS = {
                     SHAPES | dict(rope=Rope(1e4, 8), local=(True,) * 4, window=16)),
     "mistral 0.2": (LLAMA | dict(model_type="mistral", rope_theta=1e6, sliding_window=None),
                     SHAPES | dict(rope=Rope(1e6, 8))),
-    "mistral of one window, whatever layer_types says": (
-        LLAMA | dict(model_type="mistral", sliding_window=16, layer_types=["full_attention"] * 4),
-        SHAPES | dict(rope=Rope(1e4, 8), local=(True,) * 4, window=16)),
+    "mistral with layer_types": (
+        LLAMA | dict(model_type="mistral", sliding_window=16, layer_types=["full_attention", "sliding_attention"] * 2),
+        SHAPES | dict(rope=Rope(1e4, 8), local=(False, True) * 2, window=16)),
     "gemma's gelu is the approximate one": (
         GEMMA | dict(model_type="gemma", hidden_act="gelu", hidden_activation=None),
         GEMMA_SHAPES | dict(rope=Rope(1e4, 16))),
@@ -97,6 +97,11 @@ def test_old_spellings_of_settings_are_read(name):
     (LLAMA | dict(partial_rotary_factor=0.5), "partial_rotary_factor has to be 1 with model_type 'llama'"),
     (LLAMA | dict(model_type="olmo2", partial_rotary_factor=0.5), "partial_rotary_factor .* 'olmo2'"),
     (GPT2 | dict(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx"),
+    (LLAMA | dict(layer_types=["sliding_attention"] * 4), "layer_types=.*'llama', which knows full_attention alone"),
+    (LLAMA | dict(sliding_window=16), "sliding_window=16 is not supported with model_type 'llama'"),
+    (LLAMA | dict(is_causal=False), "^is_causal=False is not supported$"),
+    (LLAMA | dict(per_layer_config={"0": {"mlp_bias": True}}), "^per_layer_config=.* is not supported$"),
+    (dict(model_type="gemma3", text_config=GEMMA | dict(attention_chunk_size=4)), "text_config.attention_chunk_size=4"),
     (GEMMA | dict(model_type="gemma", use_bidirectional_attention=True), "use_bidirectional_attention")])
 def test_what_the_decoder_cannot_do_is_refused(setting, problem):
     with pytest.raises(ValueError, match=problem):

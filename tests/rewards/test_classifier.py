@@ -10,6 +10,7 @@ import torch
 import transformers
 from hypothesis import strategies as st
 from reward_staging import WORDS, settings, torch_model
+from tokenizers import Tokenizer
 
 from kl_reg import rewards
 from kl_reg.rewards.classifier import classifier, output_of
@@ -84,6 +85,15 @@ class Recording:
     def encode_batch(self, texts):
         self.seen += texts
         return self.tokenizer.encode_batch(texts)
+
+
+def test_a_token_without_an_embedding_is_refused_where_it_is_used(reward):
+    words = Tokenizer.from_str(reward.model.tokenizer.to_str())
+    words.add_tokens(["unheard"])
+    other = dataclasses.replace(reward, model=reward.model._replace(tokenizer=words), memory={})
+    assert other(completions=["a nice day"]) == pytest.approx(reward(completions=["a nice day"]))
+    with pytest.raises(ValueError, match="token .*'unheard'.* no embedding in the classifier, whose table has 72 rows"):
+        other(completions=["a nice day", "unheard of"])
 
 
 def test_a_text_is_scored_once(reward):

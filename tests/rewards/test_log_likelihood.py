@@ -99,13 +99,15 @@ def test_nothing_is_compiled_for_another_number_of_texts(reward):
     assert module._means._cache_size() == compiled
 
 
-def test_a_tokenizer_that_the_model_cannot_read_is_refused(tiny_folder, tmp_path):
+def test_a_token_without_an_embedding_is_refused_where_it_is_used(tiny_folder, tmp_path, reward):
     shutil.copytree(tiny_folder, tmp_path / "other")
     words = tokenizer.load(tiny_folder)
     words.add_tokens([f"word{number}" for number in range(50)])
     words.save(str(tmp_path / "other/tokenizer.json"))
-    with pytest.raises(ValueError, match=f"reward.path=.*token {words.get_vocab_size() - 1}, its model 300"):
-        module.check(str(tmp_path / "other"))
+    other = module.log_likelihood(str(tmp_path / "other"))
+    assert other(prompts=["hello"], completions=[" there"]) == reward(prompts=["hello"], completions=[" there"])
+    with pytest.raises(ValueError, match="token .*'word49'.* no embedding .* 300 rows"):
+        other(prompts=["hello"], completions=[" word49"])
 
 
 def test_its_digest_is_of_the_folder(tiny_folder, reward, tmp_path):
