@@ -44,12 +44,12 @@ def completion(config: ConfigDict, tokenizer: Tokenizer, eos: frozenset[int]) ->
     if config.prefill not in ("", "continue"):
         raise ValueError(f"env.prefill={config.prefill!r}: choose '' or 'continue'")
     marker = text.marker_ids(tokenizer, "env.end", config.end) if config.end else []
+    search = finder(tokenizer, config.end) if config.end else None
+    ends, (rows, ids) = jnp.array(sorted(eos), jnp.int32), _rows(config, tokenizer)
     if not marker and not eos:
         warnings.warn("env.end='': config.json, generation_config.json and tokenizer_config.json of the model name no "
                       f"end token, so completions only end at their length, env.length={config.length}; set env.end to "
                       "the text that ends one", stacklevel=2)
-    search = finder(tokenizer, config.end) if config.end else None
-    ends, (rows, ids) = jnp.array(sorted(eos), jnp.int32), _rows(config, tokenizer)
 
     def reset():
         return EnvState(jnp.int32(0), jnp.int32(0), jnp.bool_(False))

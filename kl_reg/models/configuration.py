@@ -32,7 +32,7 @@ def check_family(settings: dict, known: Collection[str]) -> None:
         raise ValueError(unsupported("model_type", settings["model_type"], known))
 
 
-def unsupported(setting: str, name: str, known: Collection[str]) -> str:
+def unsupported(setting: str, name: object, known: Collection[str]) -> str:
     """What is said of a family of models that is not supported; the nearest one is the first, where no name is like
     it."""
     nearest = [*difflib.get_close_matches(str(name), known, 1, 0.5), *known][0]

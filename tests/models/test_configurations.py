@@ -56,7 +56,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")       # those of transformers 
 MADE_ELSEWHERE = ("dtype", "transformers_version", "vision_config", "text_config", "rope_parameters", "label2id")
 """Settings that are left alone: `model.dtype` decides the dtype; the parts are changed by themselves."""
 
-ACTIVATIONS = ["gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu", "swish", "tanh", "mish", "quick_gelu"]
+ACTIVATIONS = ["gelu", "gelu_fast", "swish", "tanh", "mish"]
 FULL, SLIDING = "full_attention", "sliding_attention"
 VALUES = dict.fromkeys(("hidden_act", "hidden_activation", "activation_function", "activation"), ACTIVATIONS) | dict(
     head_dim=[None, 2, 6, 16], num_key_value_heads=[None, 1, 4], num_attention_heads=[2, 8], n_head=[2, 8], n_heads=[2],
@@ -141,8 +141,9 @@ def ours(family, folder):
         return decoder.logits(model.config, model.params, hidden.last)
 
 
-def outcome(family, settings, folder, base=None):
-    """What becomes of a folder with this config.json, and torch's logits."""
+def outcome(family, settings, folder, known):
+    """What becomes of a folder with this config.json, and what ours is; `known` are our logits by configuration, which
+    says all about the weights of `made`."""
     try:
         model = made(family, settings, folder)
         expected = theirs(family, model)
@@ -151,16 +152,16 @@ def outcome(family, settings, folder, base=None):
     read = (encoder_families if family in encoder_families.FAMILIES else families).read
     try:
         config = read(settings)[0]
-        if base is not None and np.array_equal(expected, base[0]) and config == base[1]:
-            return "nothing changes", None
-        model.save_pretrained(folder)
-        (folder / "config.json").write_text(json.dumps(settings))
-        found = ours(family, folder)
+        if config not in known:
+            model.save_pretrained(folder)
+            (folder / "config.json").write_text(json.dumps(settings))
+            known[config] = ours(family, folder)
     except ValueError:
         return "refused", None
     assert expected.std() > 0.1                 # so the tolerance means something
+    found = known[config]
     same = found.shape[-2:] == expected.shape[-2:] and np.abs(found - expected).max() < 1e-4
-    return "equal" if same else "DIFFERENT", (expected, config)
+    return "equal" if same else "DIFFERENT", config
 
 
 def names(family, config):
@@ -206,13 +207,12 @@ def changes(family):
 @pytest.mark.parametrize("family", SETTINGS)
 def test_a_changed_setting_changes_what_torch_changes_or_is_refused(family, tmp_path):
     word_pieces().save(str(tmp_path / "tokenizer.json"))
-    settings = {"model_type": family} | SETTINGS[family]
-    first, base = outcome(family, settings, tmp_path)
-    assert first == "equal"
-    found = [(outcome(family, settings | change, tmp_path, base)[0], change) for change in changes(family)]
+    settings, known = {"model_type": family} | SETTINGS[family], {}
+    assert outcome(family, settings, tmp_path, known)[0] == "equal"
+    found = [(outcome(family, settings | change, tmp_path, known)[0], change) for change in changes(family)]
     assert [change for kind, change in found if kind == "DIFFERENT"] == []
     counts = Counter(kind for kind, _ in found)
-    assert min(counts[kind] for kind in ("equal", "refused", "nothing changes")) >= 5, counts
+    assert len(known) > 5 and counts["equal"] > 30 and counts["refused"] > 3, (len(known), counts)
 
 
 def test_every_family_is_changed():
@@ -223,5 +223,5 @@ def test_mistral_with_layer_types_has_windows_in_those_layers(tmp_path):
     """Its configuration class has no such field; transformers reads the folder as another family's."""
     (tmp_path / "tokenizer.json").write_text("{}")
     settings = SIZES | LAYERS | dict(model_type="mistral", head_dim=8)
-    kind, (_, config) = outcome("mistral", settings, tmp_path)
+    kind, config = outcome("mistral", settings, tmp_path, {})
     assert kind == "equal" and config.local == (True, False) and config.window == WINDOW

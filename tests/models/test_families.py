@@ -48,6 +48,7 @@ SETTINGS = {
     "llama as smollm2": ("llama", SIZES | rope() | dict(
         hidden_size=36, num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True)),
     "mistral": ("mistral", SIZES | rope() | dict(head_dim=12, sliding_window=WINDOW)),
+    "ministral": ("ministral", SIZES | rope() | LAYERS | dict(head_dim=12, sliding_window=WINDOW)),
     "mixtral": ("mixtral", SIZES | rope() | dict(num_local_experts=5, num_experts_per_tok=3)),
     "qwen2": ("qwen2", SIZES | rope() | dict(use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1)),
     "qwen3": ("qwen3", SIZES | rope() | BIASED | LAYERS | dict(
