@@ -63,7 +63,7 @@ class Trainer:
         """Of the agent streams [m, b, k]."""
         recorded = jax.device_get(episodes._replace(features=(), reference=(), kept=None))
         members = [jax.tree.map(lambda x, i=i: x[i], recorded) for i in range(len(self.group.members))]
-        return jnp.asarray(np.stack([judge(self.group.program, self._judges, own).stream for own in members]))
+        return jnp.asarray(np.stack([judge(self.group.program, self._judges, own).credit.stream for own in members]))
 
     def update(self, episodes: Episodes, stream: jax.Array) -> None:
         """Takes the step; done when the metrics are on the host and the new state is on the device."""

@@ -120,7 +120,8 @@ def _results(facts):
     summary = json.loads(file.read_text(encoding="utf-8"))
     final = next(row["final"] for row in summary if row["member"] == address.member)
     error = lambda name: final[f"{name}_se"]  # noqa: E731 - None of one episode
-    number = lambda name: f"{final[name]:.3g}" + (f" ± {error(name):.2g}" if error(name) is not None else "")  # noqa: E731
+    number = lambda name: ("not known" if final[name] is None else f"{final[name]:.3g}") + (  # noqa: E731
+        f" ± {error(name):.2g}" if error(name) is not None else "")
     return [f"- KL to the reference (`{config.reference.name}`): {number('kl/nats_per_episode')} nats per episode",
             f"- return: {number('return')} (reward `{config.reward.name}`)", "",
             f"Means over {final['episodes']} episodes of the evaluation, ± one standard error."]

@@ -48,11 +48,6 @@ def total(tree, axis: str | None):
     return tree if axis is None else jax.lax.psum(tree, axis)
 
 
-def average(x: jax.Array, axis: str | None) -> jax.Array:
-    """The mean of such devices' means."""
-    return x if axis is None else jax.lax.pmean(x, axis)
-
-
 def together(tree, axis: str | None):
     """Such devices' arrays, one behind the other along their first dimension."""
     return tree if axis is None else jax.lax.all_gather(tree, axis, tiled=True)

@@ -9,12 +9,15 @@ import time
 from collections.abc import Iterator
 
 import jax
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.hparams import summary_v2
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+_WINDOW = 5      # iterations that the best iterate is a mean over
 
 
 class Bar:
@@ -77,6 +80,25 @@ def compilations() -> Iterator[list[str]]:
         yield names
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def best(file: pathlib.Path) -> dict:
+    """The iteration of a `metrics.jsonl` with the highest return minus coefficient times KL, each a mean over _WINDOW
+    iterations up to it: the best of many noisy batches alone would be the luckiest. Iterations without a judged episode
+    have no return and are left out; where all are, the last one is given, with None as its return."""
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    known = [line for line in lines if line["return"] is not None]
+    if not known:
+        return {"iteration": lines[-1]["iteration"], "return": None, **_means(lines[-1:], "kl/nats_per_episode")}
+    net = [row["return"] - row["kl/coef"] * row["kl/nats_per_episode"] for row in known]
+    window = np.ones(min(_WINDOW, len(known))) / min(_WINDOW, len(known))
+    at = int(np.argmax(np.convolve(net, window, "valid")))
+    here = known[at:at + len(window)]
+    return {"iteration": here[-1]["iteration"], **_means(here, "return", "kl/nats_per_episode")}
+
+
+def _means(rows, *names):
+    return {name: float(np.mean([row[name] for row in rows])) for name in names}
 
 
 class MemberLog:

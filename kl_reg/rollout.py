@@ -301,4 +301,5 @@ def _collect(program, chosen, openings, steps, asked):
         slot=jnp.where(mask, order + openings.tokens.shape[-1], 0), action=jnp.where(mask, take(steps.token), 0),
         part=zero(steps.part), mask=mask, log_prob=terms.log_prob, log_ratio=terms.log_ratio, kl=terms.kl,
         estimate=jnp.where(mask, program.kl.value(terms, -jnp.expm1(-floor)), 0.0), forward_kl=terms.forward_kl,
-        entropy=terms.entropy, floor=floor, value=zero(steps.value), spent_before=zero(steps.spent_before), asked=asked)
+        entropy=terms.entropy, floor=floor, value=zero(steps.value), spent_before=zero(steps.spent_before), asked=asked,
+        judged=jnp.ones_like(asked))

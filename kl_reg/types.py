@@ -88,6 +88,12 @@ class Episodes(NamedTuple):
     value: Float[Array, "b k"]
     spent_before: Float[Array, "b k"]
     asked: Bool[Array, " b"]               # whether it ended by asking for help: the floor was above what was left
+    judged: Bool[Array, " b"]              # False where the reward cannot say what it is worth; True until it is asked
+
+    @property
+    def learned(self) -> Bool[Array, "b k"]:
+        """The agent tokens that an update learns from: those of judged episodes."""
+        return self.mask & self.judged[..., None]
 
 
 class Hyper(NamedTuple):

@@ -127,7 +127,8 @@ def _print_table(summary):
     table = Table("member", *hyper, "return", "KL, nats/episode", "teacher silent", "student silent")
     for row in summary:
         final = row["final"]
-        measured = [f"{final[name]:.2f} ± {final[f'{name}_se'] or 0:.2f}" for name in ("return", "kl/nats_per_episode")]
+        measured = ["–" if final[name] is None else f"{final[name]:.2f} ± {final[f'{name}_se'] or 0:.2f}"
+                    for name in ("return", "kl/nats_per_episode")]
         silent = [final[f"{who}/silent_rate"] for who in ("teacher", "student")]
         table.add_row(str(row["member"]), *(str(row["hyper"].get(key, "")) for key in hyper), *measured,
                       *("–" if rate is None else f"{rate:.1%}" for rate in silent))

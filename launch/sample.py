@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import math
 import signal
 import sys
 from functools import partial
@@ -124,7 +125,7 @@ def _read(console, args, one, colour):
     if one.is_run:
         try:
             for head, value in zip(heads, solo.returns(one, episodes), strict=True):
-                head.insert(1, f"return {value:.2f}")
+                head.insert(1, "not judged" if math.isnan(value) else f"return {value:.2f}")
         except (ValueError, OSError) as error:
             console.print(f"no returns: {error}", style=terminal.NOTE, soft_wrap=True)
     for e, head in enumerate(heads):

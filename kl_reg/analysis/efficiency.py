@@ -28,7 +28,8 @@ _SMALLEST = 0.01    # coefficient, in standard deviations of the base's reward p
 
 
 class Spoken(NamedTuple):
-    """Episodes of one policy: `rewards` and log-probabilities of the base [b], nats; `kl` [b], exact, of the path."""
+    """The judged episodes of one policy: `rewards` and log-probabilities of the base [b], nats; `kl` [b], exact, of the
+    path."""
 
     episodes: Episodes
     rewards: Float[np.ndarray, " b"]
@@ -111,7 +112,11 @@ def _speak(team: sides.Team, reward: Reward, count, seeds):
             raise ValueError("somebody else than the agent writes in these episodes; with a student, what the best "
                              "policy is worth cannot be weighed from samples (env.name='completion' has none)")
         turns = team.program.env.read(own.transcript)
-        returns = replies.credit(turns, rewards.score(reward, turns).total, own.slot, own.mask)[1]
+        credit = replies.credit(turns, rewards.score(reward, turns), own.slot, own.mask)
+        if not credit.judged.any():
+            raise ValueError("no reward function gave a number for any episode of a policy, so nothing is known of its "
+                             "reward")
+        own, returns = jax.tree.map(lambda x, known=credit.judged: x[known], (own, credit.returns))
         total = lambda x, own=own: np.where(own.mask, x, 0.0).sum(1, dtype=np.float64)  # noqa: E731
         out.append(Spoken(own, np.float64(returns), total(own.log_prob) - total(own.log_ratio), total(own.kl)))
     return out

@@ -85,7 +85,9 @@ def _entry(setting, base_return, evaluations):
     else:
         kl, reward = (_over_episodes(setting, key) for key in ("kl/nats_per_episode", "return"))
         evaluation = evaluations[setting.members[0]["member"]]
-        spent, gained = evaluation["kl"].sum(1, dtype=np.float64), evaluation["returns"] - base_return
+        judged = ~np.isnan(evaluation["returns"])
+        spent = evaluation["kl"][judged].sum(1, dtype=np.float64)
+        gained = evaluation["returns"][judged] - base_return
     ratio = rates({"": (gained, spent)}) if kl.value > _NO_KL else {"": None, "_se": None}
     return Entry(setting, reward, kl, (stats.number(ratio[""]), stats.number(ratio["_se"])), seeds)
 

@@ -11,6 +11,7 @@ from kl_reg.types import AGENT, OPENING, STUDENT, Episodes
 
 def means(columns: Mapping[str, np.ndarray]) -> dict[str, float | None]:
     """Means over episodes and, as `<name>_se`, their standard errors s / sqrt(b), s over b - 1; None of one episode.
+    Without an episode the means, too, are None.
 
     A value that is not finite is part of the mean: the training loop stops at it.
 
@@ -18,9 +19,10 @@ def means(columns: Mapping[str, np.ndarray]) -> dict[str, float | None]:
         columns: [b] of each name.
     """
     values = np.stack([np.asarray(column, np.float64) for column in columns.values()])
+    some = np.full(len(values), values.shape[1] > 0)
     with np.errstate(invalid="ignore", over="ignore"):
-        mean = values.mean(1)
-        return _row(columns, mean, _error(values - mean[:, None]), np.ones(len(mean), bool))
+        mean = values.sum(1) / max(values.shape[1], 1)
+        return _row(columns, mean, _error(values - mean[:, None]), some)
 
 
 def rates(columns: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, float | None]:
@@ -74,13 +76,14 @@ def summarise(episodes: Episodes, replies: Sequence[Reply], returns: np.ndarray)
 
     Args:
         replies: the turns of the batch.
-        returns: [b], reward units.
+        returns: [b], reward units; NaN of an episode that was not judged, which is no part of their mean.
     """
     mask, tokens = episodes.mask, episodes.mask.sum(-1)
     total = lambda x: np.where(mask, x, 0.0).sum(-1, dtype=np.float64)  # noqa: E731
     kl, (finished, silent) = total(episodes.kl), _turns(replies, len(returns))
     return {
-        **means({"return": returns, "kl/nats_per_episode": kl,
+        **means({"return": returns[~np.isnan(returns)]}),
+        **means({"kl/nats_per_episode": kl,
                  "kl/sampled/nats_per_episode": total(episodes.log_ratio),
                  "kl/estimate/nats_per_episode": total(episodes.estimate),
                  "surprisal/nats_per_episode": total(-episodes.log_prob),
@@ -106,12 +109,12 @@ def objective(row: dict) -> dict:
     """The names of TRL's PPO trainer, with their meaning there; docs/metrics.md says where they differ.
 
     Means over the batch's episodes: summed sampled log-ratio and summed -log pi of the tokens, nats; -coefficient times
-    the estimated KL, the return, and their sum, reward units.
+    the estimated KL, the return, and their sum, reward units. None where no episode was judged.
     """
     penalty = -row["kl/coef"] * row["kl/estimate/nats_per_episode"]
     return {"objective/kl": row["kl/sampled/nats_per_episode"], "objective/entropy": row["surprisal/nats_per_episode"],
             "objective/non_score_reward": penalty, "objective/scores": row["return"],
-            "objective/rlhf_reward": row["return"] + penalty}
+            "objective/rlhf_reward": None if row["return"] is None else row["return"] + penalty}
 
 
 def ledger(episodes: Episodes) -> dict[str, np.ndarray]:

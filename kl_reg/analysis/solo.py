@@ -112,11 +112,11 @@ def at_slots(episodes: Episodes, nats: Float[np.ndarray, "b k"]) -> Float[np.nda
 
 
 def returns(solo: Solo, episodes: Episodes) -> Float[np.ndarray, " b"]:
-    """The return of each episode, by the reward of the run.
+    """The return of each episode, by the reward of the run; NaN where the reward cannot judge it.
 
     Raises:
         ValueError, FileNotFoundError: the reward function cannot be had.
     """
     turns = solo.team.program.env.read(episodes.transcript)
-    scores = rewards.score(rewards.build(solo.config.reward), turns).total
-    return replies.credit(turns, scores, episodes.slot, episodes.mask)[1]
+    scores = rewards.score(rewards.build(solo.config.reward), turns)
+    return replies.credit(turns, scores, episodes.slot, episodes.mask).returns

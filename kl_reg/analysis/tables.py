@@ -51,7 +51,8 @@ def every_run(base: dict, settings: Sequence[Setting]) -> str:
     for s in settings:
         bests = [m["best"] for m in s.members]
         rows = [[escaped(m["member"]), *(_hyper(m["hyper"][key]) for key in keys), *_measures([m], asks),
-                 f"{best['iteration']}: {best['return']:.2f}, {best['kl/nats_per_episode']:.2f}"]
+                 f"{best['iteration']}: {stats.show(stats.number(best['return']), 0)}, "
+                 f"{best['kl/nats_per_episode']:.2f}"]
                 for m, best in zip(s.members, bests, strict=True)]
         if len(rows) > 1:
             shared = [_hyper(s.members[0]["hyper"][key]) for key in keys[:-1]]

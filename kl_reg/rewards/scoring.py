@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Bool, Float32
 
 from kl_reg.envs.environment import Reply
 from kl_reg.rewards.reward import Reward
@@ -24,10 +24,13 @@ _SHOWN = 200        # characters of a text in a message
 
 class Scores(NamedTuple):
     """Of n replies: `total`, the weighted sum, 0 where no function was asked or all said None; `parts`, what each
-    function said, unweighted, NaN where it was not asked or said None."""
+    function said, unweighted, NaN where it was not asked or said None; `asked` and `judged`: whether the functions were
+    asked, and whether one of them gave a number."""
 
     total: Float32[np.ndarray, " n"]
     parts: dict[str, Float32[np.ndarray, " n"]]
+    asked: Bool[np.ndarray, " n"]
+    judged: Bool[np.ndarray, " n"]
 
 
 def score(reward: Reward, replies: Sequence[Reply]) -> Scores:
@@ -46,8 +49,9 @@ def score(reward: Reward, replies: Sequence[Reply]) -> Scores:
     if len(large):
         raise ValueError(f"reward functions {', '.join(reward.names)}: their weighted sum is {total[large[0]]} for "
                          f"{_sample(large[0], replies[large[0]])}; it must be a finite number in float32")
-    parts = np.float32(said)
-    return Scores(np.float32(total), dict(zip(reward.names, parts, strict=True)))
+    asked = np.isin(np.arange(len(replies)), list(chosen))
+    return Scores(np.float32(total), dict(zip(reward.names, np.float32(said), strict=True)), asked,
+                  ~np.isnan(said).all(0))
 
 
 def _ask(reward, chosen):

@@ -9,9 +9,11 @@ import jax
 import numpy as np
 
 from kl_reg import hosts, rewards
+from kl_reg.advantages import leaves_out
 from kl_reg.analysis.groups import kl_by_group
-from kl_reg.analysis.recorded import summarise
+from kl_reg.analysis.recorded import rates, summarise
 from kl_reg.envs.environment import Reply
+from kl_reg.identity import name_of
 from kl_reg.rewards import Reward, replies
 from kl_reg.types import Episodes
 
@@ -32,12 +34,10 @@ class Answers(NamedTuple):
 
 
 class Judgement(NamedTuple):
-    """Of one policy's batch: its turns, rewards of the agent stream [b, k] and returns [b], in reward units, and the
-    means of what else was asked."""
+    """Of one policy's batch: its turns, what they are worth in reward units, and metrics of the reward."""
 
     turns: list[Reply]
-    stream: np.ndarray
-    returns: np.ndarray
+    credit: replies.Credit
     row: dict
 
 
@@ -49,6 +49,22 @@ def judge(program, judges: Judges, episodes: Episodes) -> Judgement:
         ValueError: a reward function raised, or gave something else than finite numbers.
     """
     return credit(program, episodes, hosts.everywhere(lambda: ask(program, judges, episodes)))
+
+
+def judge_members(program, judges: Judges, members: Sequence[Episodes]) -> list[Judgement]:
+    """`judge` of each member's batch, from which it is to learn. The functions are called in this thread: where that is
+    the main one, as it is when `train` is called there, they can set alarms.
+
+    Raises:
+        ValueError: as `judge`; or an episode cannot be judged, and the advantage cannot leave it out.
+    """
+    answers = hosts.everywhere(lambda: [ask(program, judges, own) for own in members])
+    judged = [credit(program, *own) for own in zip(members, zip(*answers, strict=True), strict=True)]
+    if program.group > 1 and not leaves_out(program.advantage) and not all(own.credit.judged.all() for own in judged):
+        raise ValueError(f"rl.advantage={name_of(program.advantage)!r} compares the episodes of a group, and takes no "
+                         "argument `judged`, so it would count those that no reward function could judge; "
+                         "docs/extending.md shows how to leave them out")
+    return judged
 
 
 def ask(program, judges: Judges, episodes: Episodes) -> Answers:
@@ -68,22 +84,29 @@ def credit(program, episodes: Episodes, answers: Sequence[Answers]) -> Judgement
     turns, order = program.env.read(episodes.transcript), np.argsort(np.concatenate([own.numbers for own in answers]))
     join = lambda *parts: np.concatenate(parts)[order]  # noqa: E731
     scores = jax.tree.map(join, *(own.reward for own in answers))
-    stream, returns = replies.credit(turns, scores.total, episodes.slot, episodes.mask)
-    row = {}
+    own = replies.credit(turns, scores, episodes.slot, episodes.mask)
+    row = rates({"reward/unjudged_rate": _unjudged(turns, scores, len(episodes.mask))})
     if len(scores.parts) > 1:
         row |= {f"reward/{name}": _mean(values) for name, values in scores.parts.items()}
     if answers[0].gold:
         gold = jax.tree.map(join, *(own.gold for own in answers))
-        row["gold/return"] = float(replies.credit(turns, gold.total, episodes.slot, episodes.mask)[1].mean())
-    return Judgement(turns, stream, returns, row)
+        row["gold/return"] = _mean(replies.credit(turns, gold, episodes.slot, episodes.mask).returns)
+    return Judgement(turns, own, row)
 
 
 def describe(program, judged: Judgement, episodes: Episodes) -> dict:
     """The metrics of a batch [b, ...] with its record."""
-    return {**summarise(episodes, judged.turns, judged.returns), **kl_by_group(episodes, program.groups), **judged.row}
+    return {**summarise(episodes, judged.turns, judged.credit.returns), **kl_by_group(episodes, program.groups),
+            **judged.row}
+
+
+def _unjudged(turns, scores, count):
+    """Of each episode, how many replies no function could judge, and about how many they were asked."""
+    asked, judged = (replies.by_episode(turns, chosen, count) for chosen in (scores.asked, scores.judged))
+    return asked - judged, asked
 
 
 def _mean(values):
-    """Of those that the function has scored."""
+    """Of those that are judged."""
     said = values[~np.isnan(values)]
     return float(said.mean()) if len(said) else None

@@ -6,7 +6,6 @@ import pathlib
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import NamedTuple
 
@@ -16,15 +15,13 @@ from ml_collections import ConfigDict
 
 from kl_reg import checkpoint, hosts, metrics, parallel, rewards, rollout, validation
 from kl_reg import config as configs
-from kl_reg.analysis import report
+from kl_reg.analysis import report, stats
 from kl_reg.analysis.recorded import ledger, objective
 from kl_reg.identity import digest_of, name_of
 from kl_reg.models import end_tokens, folders, quantize, tokenizer, weights
 from kl_reg.training import sweep
-from kl_reg.training.judging import Judges, ask, credit, describe, judge
+from kl_reg.training.judging import Judges, describe, judge, judge_members
 from kl_reg.types import Episodes
-
-_WINDOW = 5      # iterations that the best iterate is a mean over
 
 
 class Result(NamedTuple):
@@ -124,16 +121,16 @@ def _say(text):
 def _iterate(config, groups, states, judges, workdir, saved, start):
     """Runs the iterations that are left; `states` is updated in place, one entry a group. Tokens per second of each."""
     done = int(parallel.fetch(states[0].iteration)[0])
-    hypers, rates, late = sweep.hyper_of(config), [], set()
+    hypers, rates, late, silent = sweep.hyper_of(config), [], set(), set()
     logs = [metrics.MemberLog(workdir / f"members/{i}", hyper, done, config.log.tensorboard)
             for i, hyper in enumerate(hypers)] if hosts.writes() else []
     with metrics.progress_bar("train", config.rl.iterations, done, hosts.writes()) as bar, \
-            ThreadPoolExecutor(1) as worker, metrics.compilations() as compiled:
+            metrics.compilations() as compiled:
         if done:
             bar.log(f"{workdir}: already trained for {done} of {config.rl.iterations} iterations")
         for iteration in range(done, config.rl.iterations):
             began, before = time.monotonic(), len(compiled)
-            rows = _iteration(groups, states, judges, worker)
+            rows = _iteration(groups, states, judges)
             seconds = time.monotonic() - began
             if iteration == done:
                 bar.log(f"first update after {time.monotonic() - start:.1f} s")
@@ -142,7 +139,9 @@ def _iterate(config, groups, states, judges, workdir, saved, start):
             rates.append(sum(row["tokens"] for row in rows.values()) / seconds)
             for number, log in enumerate(logs):
                 log.write({"iteration": iteration, **rows[number], "seconds": seconds, "tokens_per_second": rates[-1]})
-            shown = {name: np.mean([row[name] for row in rows.values()]) for name in ("return", "kl/nats_per_episode")}
+            _tell_unjudged(bar, iteration, rows, silent)
+            shown = {name: np.mean([stats.number(row[name]) for row in rows.values()])
+                     for name in ("return", "kl/nats_per_episode")}
             bar.step(**shown, **{"tokens/s": rates[-1]})
             if (iteration + 1) % config.checkpoint.every == 0 or iteration + 1 == config.rl.iterations:
                 saved.save(iteration + 1, states)
@@ -160,53 +159,53 @@ def _tell_compiled(bar, iteration, names, told):
                 "iteration nothing should compile (docs/performance.md)")
 
 
-def _iteration(groups, states, judges, worker):
-    """One iteration of all groups; metrics by member. The reward functions judge a group's episodes while the device
-    samples the next group's: one thread asks them, in order, so that what they say does not depend on it."""
-    rows, waiting = {}, None
+def _tell_unjudged(bar, iteration, rows, told):
+    """Says of which members no reply of the batch was judged, once for each; `told` is added to."""
+    new = {number for number, row in rows.items() if row["reward/unjudged_rate"] == 1} - told
+    if new:
+        told.update(new)
+        bar.log(f"iteration {iteration}: no reward function gave a number for any reply of member "
+                f"{', '.join(map(str, sorted(new)))}, so nothing was learned from them (docs/rewards.md)")
+
+
+def _iteration(groups, states, judges):
+    """One iteration of all groups; metrics by member. The next group's sampling is dispatched before the reward
+    functions are asked about this one's episodes, so that the device samples meanwhile."""
+    rows, waiting = {}, _sample(groups[0], states[0])
     for g, group in enumerate(groups):
-        batch = _sample(group, states[g], judges, worker)
-        if g:
-            states[g - 1], new = _update(groups[g - 1], states[g - 1], waiting)
-            rows.update(new)
-        waiting = batch
-    states[-1], new = _update(groups[-1], states[-1], waiting)
-    return rows | new
+        batch, waiting = waiting, _sample(groups[g + 1], states[g + 1]) if g + 1 < len(groups) else None
+        states[g], new = _update(group, states[g], batch, judges)
+        rows.update(new)
+    return rows
 
 
 class _Batch(NamedTuple):
-    """Episodes on the device; `asked`: on the host, and what this process's reward functions say of each member's."""
+    """Episodes on the device, and the part of them that the host reads, which may still be computed."""
 
     episodes: Episodes
-    asked: Future
+    said: Episodes
 
 
-def _sample(group, state, judges, worker):
+def _sample(group, state):
     keys = rollout.member_keys(state.seed, state.iteration)
     first = parallel.put_members(np.zeros(len(group.members), np.int32), group.mesh)
     with jax.transfer_guard("disallow"):        # what moves between host and device is said here
         episodes = group.run.draw(state.params, state.reference, group.hyper, group.frozen, keys, first,
                                     group.program.group)
-        said = parallel.readable(_recorded(episodes))
-    return _Batch(episodes, worker.submit(_ask, group, judges, said))
+        return _Batch(episodes, parallel.readable(_recorded(episodes)))
 
 
-def _ask(group, judges, said):
-    """Members' episodes on the host, and what is said of them."""
-    with jax.transfer_guard("disallow"):
-        said = jax.device_get(said)
-    members = [jax.tree.map(lambda x, i=i: x[i], said) for i in range(len(group.members))]
-    return members, [ask(group.program, judges, own) for own in members]
-
-
-def _update(group, state, batch):
+def _update(group, state, batch, judges):
     """The group's new state, and metrics by member."""
-    answers = hosts.everywhere(lambda: batch.asked.result()[1])
-    judged = [credit(group.program, *own) for own in zip(batch.asked.result()[0], zip(*answers, strict=True),
-                                                         strict=True)]
     with jax.transfer_guard("disallow"):
-        stream = parallel.put_episodes(np.stack([own.stream for own in judged]), group.mesh)
-        state, parts, extreme, episodes = group.run.update(state, group.hyper, group.frozen, batch.episodes, stream)
+        said = jax.device_get(batch.said)
+    judged = judge_members(group.program, judges, [jax.tree.map(lambda x, i=i: x[i], said)
+                                                   for i in range(len(group.members))])
+    with jax.transfer_guard("disallow"):
+        stream, known = (parallel.put_episodes(np.stack([getattr(own.credit, name) for own in judged]), group.mesh)
+                         for name in ("stream", "judged"))
+        state, parts, extreme, episodes = group.run.update(
+            state, group.hyper, group.frozen, batch.episodes._replace(judged=known), stream)
         parts, extreme, recorded = parallel.fetch((parts, extreme, episodes))
     rows = [describe(group.program, own, jax.tree.map(lambda x, i=i: x[i], recorded)) for i, own in enumerate(judged)]
     for i, row in enumerate(rows):
@@ -245,7 +244,7 @@ def _evaluate(config, groups, states, model, judges, workdir):
                 folder = workdir / f"members/{number}"
                 rows[number] = {"member": number, "hyper": hypers[number],
                                 "final": _final(group, own, judges, folder),
-                                "best": hosts.first(partial(_best, folder))}
+                                "best": hosts.first(partial(metrics.best, folder / "metrics.jsonl"))}
             bar.step()
     return [rows[key] for key in sorted(rows, key=lambda key: -1 if key == "base" else key)]
 
@@ -286,21 +285,9 @@ def _recorded(episodes: Episodes) -> Episodes:
 def _final(group, episodes, judges, folder):
     """Metrics of evaluation episodes [b, ...] of one policy; also writes them as evaluation.npz."""
     transcript, judged = episodes.transcript, judge(group.program, judges, episodes)
-    row, returns = describe(group.program, judged, episodes), judged.returns
+    row, returns = describe(group.program, judged, episodes), judged.credit.returns
     if hosts.writes():
         folder.mkdir(parents=True, exist_ok=True)
         np.savez_compressed(folder / "evaluation.npz", tokens=transcript.tokens, roles=transcript.roles.astype(np.int8),
                             turns=transcript.turns, openings=transcript.opening, returns=returns, **ledger(episodes))
     return row | {"episodes": len(returns)}
-
-
-def _best(folder):
-    """The training iteration with the highest return minus coefficient times KL, each a mean over _WINDOW iterations
-    up to it: the best of many noisy batches alone would be the luckiest."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    net = [row["return"] - row["kl/coef"] * row["kl/nats_per_episode"] for row in lines]
-    window = np.ones(min(_WINDOW, len(lines))) / min(_WINDOW, len(lines))
-    at = int(np.argmax(np.convolve(net, window, "valid")))
-    here = lines[at:at + len(window)]
-    return {"iteration": at + len(window) - 1,
-            **{name: float(np.mean([row[name] for row in here])) for name in ("return", "kl/nats_per_episode")}}

@@ -14,7 +14,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from kl_reg import divided
-from kl_reg.advantages import GROUPS, normalise
+from kl_reg.advantages import GROUPS, leaves_out, normalise
 from kl_reg.kl.exact import TokenTerms
 from kl_reg.losses.value import squared_error
 from kl_reg.parallel import EPISODES
@@ -60,10 +60,14 @@ class Weights(NamedTuple):
     tokens: Float[Array, ""]
 
 
-def weights_of(program, mask: Bool[Array, "b k"]) -> Weights:
-    """Of a whole minibatch; they depend on its masks alone."""
-    loss = program.reduction(jnp.zeros(mask.shape), mask, program.env.length).weight
-    loss, tokens = divided.total((loss, mask.sum().astype(jnp.float32)), program.axis)
+def weights_of(program, episodes: Episodes) -> Weights:
+    """The denominators of a minibatch's means. They depend on its masks only; an episode that was not judged adds
+    nothing, so that a minibatch with it weighs as one without."""
+    def row(mask):
+        return program.reduction(jnp.zeros((1, len(mask))), mask[None], program.env.length).weight
+
+    loss = jnp.where(episodes.judged, jax.vmap(row)(episodes.learned), 0.0).sum()
+    loss, tokens = divided.total((loss, episodes.learned.sum().astype(jnp.float32)), program.axis)
     return Weights(jnp.maximum(loss, 1), jnp.maximum(tokens, 1))
 
 
@@ -92,20 +96,21 @@ def objective(program, params, memory, frozen: Frozen, episodes: Episodes, targe
               weights: Weights, cost: Cost) -> tuple[Array, tuple[dict, Scores]]:
     """What a part of a minibatch of one member adds to its loss, reduced as the algorithm does; what went into it, and
     what its tokens are."""
-    (advantages, returns, price), mask = targets, episodes.mask
+    (advantages, returns, price), mask = targets, episodes.learned
+    known = jnp.where(mask, episodes.log_prob, 0.0)
     average = lambda x: mean(x, mask).total / weights.tokens  # noqa: E731
     reduce = lambda x: program.reduction(x, mask, program.env.length).total / weights.loss  # noqa: E731
     fused = None
     if program.fused:
         weight = jax.grad(reduce)(jnp.zeros(mask.shape))
-        given = Given(weight, episodes.log_prob, advantages, jnp.broadcast_to(price[:, None], mask.shape))
+        given = Given(weight, known, advantages, jnp.broadcast_to(price[:, None], mask.shape))
         episodes = episodes._replace(features=program.policy.refresh(params, frozen.base, episodes, cost.group))
         fused, scores = loss_at_once(program, params, frozen, episodes, partial(token_loss, program), given, hyper,
                                      longest, cost)
     else:
         scores = score(program, params, memory, frozen, episodes, caps_of(hyper), longest, cost)
-    new = scores.terms
-    old = jax.lax.stop_gradient(new.log_prob) if program.once else episodes.log_prob
+    new = jax.tree.map(lambda x: jnp.where(mask, x, 0.0), scores.terms)
+    old = jax.lax.stop_gradient(new.log_prob) if program.once else known
     moved = jnp.where(mask, new.log_prob - old, 0.0)
     ratio = jnp.exp(moved)
     over_rows = jax.vmap(program.loss, (0, 0, 0, 0, None))
@@ -129,12 +134,16 @@ def recorded(episodes: Episodes) -> TokenTerms:
 def targets(program, episodes: Episodes, rewards: Float[Array, "b k"], coef: Float[Array, ""], hyper: Hyper):
     """Advantages and returns [b, k] in reward units (KL penalty subtracted), and the coefficient [b] of the loss's KL;
     last the factor [b] in it, which is that of the advantages, so that a nat keeps its price."""
-    mask, missing = episodes.mask, -jnp.expm1(-episodes.floor)
+    mask, missing = episodes.learned, -jnp.expm1(-episodes.floor)
     penalty = jax.vmap(program.kl.reward)(recorded(episodes), missing, mask)
     rewards = jnp.where(mask, rewards - coef * penalty, 0.0)
-    estimate = lambda r, v, m: program.advantage(r, v, m, hyper.discount, hyper.gae_lambda)  # noqa: E731
-    groups = jax.tree.map(lambda x: x.reshape(-1, program.group, x.shape[1]),
-                          divided.together((rewards, episodes.value, mask), program.axis))
+
+    def estimate(rewards, values, mask, judged):
+        known = {"judged": judged} if leaves_out(program.advantage) else {}
+        return program.advantage(rewards, values, mask, hyper.discount, hyper.gae_lambda, **known)
+
+    groups = jax.tree.map(lambda x: x.reshape(-1, program.group, *x.shape[1:]),
+                          divided.together((rewards, episodes.value, mask, episodes.judged), program.axis))
     advantages, returns, scale = jax.vmap(estimate, axis_name=GROUPS)(*groups)
     every = advantages.reshape(-1, mask.shape[1]), returns.reshape(-1, mask.shape[1]), jnp.repeat(scale, program.group)
     advantages, returns, scale = divided.back(every, program.axis)
@@ -159,7 +168,7 @@ def safe_norm(tree) -> Float[Array, ""]:
 def gradient(program, params, memory, frozen: Frozen, episodes: Episodes, targets, hyper: Hyper, longest, cost: Cost):
     """Of one minibatch, added up over `program.accumulate` parts: gradients, what went into the loss, and what its
     tokens are."""
-    weights, rows = weights_of(program, episodes.mask), episodes.mask.shape[0] // program.accumulate
+    weights, rows = weights_of(program, episodes), episodes.mask.shape[0] // program.accumulate
     own = jax.grad(lambda params, part, goals: objective(
         program, params, memory, frozen, part, goals, hyper, longest, weights, cost), has_aux=True)
     if program.accumulate == 1:
@@ -205,7 +214,7 @@ def update(program, state: TrainState, hyper: Hyper, frozen: Frozen, episodes: E
         if program.minibatches > 1:
             part, own = divided.constrain(jax.tree.map(lambda x: x[index], pool), EPISODES)
         grads, parts, scores = gradient(program, params, state.reference, frozen, part, own, hyper, longest, cost)
-        ratios = jnp.where(part.mask, scores.terms.log_ratio, 0.0)
+        ratios = jnp.where(part.learned, scores.terms.log_ratio, 0.0)
         norm = safe_norm(grads)
         parts["optim/grad_norm"] = norm
         if program.max_grad_norm is not None:
@@ -217,7 +226,8 @@ def update(program, state: TrainState, hyper: Hyper, frozen: Frozen, episodes: E
         parts["policy/stopped_avg"] = stopped.astype(jnp.float32)
         updates, new_state = program.optimizer.update(grads, opt_state, params)
         updated = optax.apply_updates(params, descent(updates, rate, value_rate))
-        params, opt_state = jax.tree.map(partial(jnp.where, stopped), (params, opt_state), (updated, new_state))
+        idle = stopped | (divided.total(part.judged.sum(), axis) == 0)      # what an optimizer remembers moves, too
+        params, opt_state = jax.tree.map(partial(jnp.where, idle), (params, opt_state), (updated, new_state))
         return (params, opt_state, stopped), (parts, extreme, scores if program.once else ())
 
     def order(epoch):
@@ -235,11 +245,14 @@ def update(program, state: TrainState, hyper: Hyper, frozen: Frozen, episodes: E
         episodes = with_scores(program, episodes, jax.tree.map(lambda x: x[0], scores))
     variance = parts["val/ratio"].var()
     parts = jax.tree.map(lambda x: x.mean(0), parts)
-    spent = divided.average(jnp.where(episodes.mask, program.kl.exact(recorded(episodes)), 0.0).sum(1).mean(), axis)
+    count = divided.total(episodes.judged.sum(), axis)
+    nats = jnp.where(episodes.learned, program.kl.exact(recorded(episodes)), 0.0).sum()
+    spent = divided.total(nats, axis) / jnp.maximum(count, 1).astype(nats.dtype)
     parts |= {"val/ratio_var": variance, "optim/learning_rate": rate, "kl/coef": price,
               "advantage/factor_max": divided.together(factor, axis).max(),
-              "value/explained_variance": _explained(episodes.value, goals[1], episodes.mask, axis)}
-    controller = program.controller.update(state.controller, spent, hyper)
+              "value/explained_variance": _explained(episodes.value, goals[1], episodes.learned, axis)}
+    controller = jax.tree.map(partial(jnp.where, count > 0), program.controller.update(state.controller, spent, hyper),
+                              state.controller)
     memory = program.reference.update(state.reference, params, state.iteration)
     extremes = divided.together(extremes, axis)
     extreme = jax.tree.map(lambda x: x[jnp.abs(extremes.log_ratio).argmax()], extremes)

@@ -178,7 +178,7 @@ def test_penalty_and_budget_together(estimator, placement, constrained, budget):
         """Three times the mean over a sequence's tokens, weighted by its probability."""
         def sequence(*row):
             episode, *target = jax.tree.map(lambda x: x[None], row)
-            weights = step.weights_of(prog, episode.mask)
+            weights = step.weights_of(prog, episode)
             return step.objective(prog, params, (), Frozen(single(base)), episode, target, settings, jnp.int32(3),
                                   weights, scoring.PLAIN)[0]
 

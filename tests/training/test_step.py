@@ -181,8 +181,9 @@ def test_padding_of_the_stream_changes_nothing(group, usual):
     """Five more positions without a token, whatever their features say."""
     episodes = one(group.episodes)
     pad = lambda x, value=0: jnp.pad(x, [(0, 0), (0, 5)] + [(0, 0)] * (x.ndim - 2), constant_values=value)  # noqa: E731
-    longer = jax.tree.map(pad, episodes._replace(transcript=(), asked=()))
-    longer = longer._replace(transcript=episodes.transcript, asked=episodes.asked, features=pad(episodes.features, 3.0))
+    longer = jax.tree.map(pad, episodes._replace(transcript=(), asked=(), judged=()))
+    longer = longer._replace(transcript=episodes.transcript, asked=episodes.asked, judged=episodes.judged,
+                             features=pad(episodes.features, 3.0))
     assert_close(gradient(group.program, group, longer, pad(one(group.rewards))), usual, 1e-5)
 
 
@@ -217,7 +218,7 @@ def by_hand(estimator, placement, normalise=False):
     fields = dict.fromkeys(Episodes._fields, zero) | {
         "transcript": Transcript(whole, whole, whole, jnp.zeros(1, jnp.int32)), "slot": whole, "action": whole,
         "mask": jnp.array([[True, True, True, False]]), "log_ratio": row(0.5, -0.1, 0.2, 0),
-        "kl": row(0.1, 0.2, 0.3, 0)}
+        "kl": row(0.1, 0.2, 0.3, 0), "judged": jnp.ones(1, bool)}
     return step.targets(program, Episodes(**fields), row(1, 2, 3, 0), jnp.float32(2.0), settings())[:3]
 
 
@@ -260,7 +261,7 @@ def objective(program, params, frozen, episodes, targets, hyper):
     """Of a whole minibatch."""
     @jax.jit
     def whole(*args):
-        weights = step.weights_of(program, episodes.mask)
+        weights = step.weights_of(program, episodes)
         return step.objective(program, params, (), frozen, *args, jnp.int32(12), weights, scoring.PLAIN)
 
     return whole(episodes, targets, hyper)
@@ -296,7 +297,7 @@ def test_each_group_has_its_own_advantages_and_price():
     rewards, zero, whole = jnp.array([[1.0], [3.0], [5.0], [15.0]]), jnp.zeros((4, 1)), jnp.zeros((4, 1), jnp.int32)
     fields = dict.fromkeys(Episodes._fields, zero) | {
         "transcript": Transcript(whole, whole, whole, jnp.zeros(4, jnp.int32)), "slot": whole, "action": whole,
-        "mask": jnp.ones((4, 1), bool)}
+        "mask": jnp.ones((4, 1), bool), "judged": jnp.ones(4, bool)}
     advantage, _, price, scale = step.targets(program, Episodes(**fields), rewards, jnp.float32(2.0), settings())
     factors = 1 / (np.sqrt(2) + 1e-4), 1 / (np.sqrt(50) + 1e-4)
     np.testing.assert_allclose(advantage[:, 0], np.array([-1, 1, -5, 5]) * np.repeat(factors, 2), rtol=1e-5)

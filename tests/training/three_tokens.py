@@ -56,7 +56,7 @@ def all_episodes():
                             np.tile([-1, 0, 0, 0], (27, 1)), np.zeros(27, int))
     fields = dict.fromkeys(Episodes._fields, nothing) | {
         "transcript": transcript, "features": ROWS, "reference": (), "kept": None, "slot": slot, "action": SEQUENCES,
-        "mask": np.ones((27, 3), bool), "asked": np.zeros(27, bool)}
+        "mask": np.ones((27, 3), bool), "asked": np.zeros(27, bool), "judged": np.ones(27, bool)}
     return jax.tree.map(jnp.asarray, Episodes(**fields))
 
 
