@@ -20,6 +20,13 @@ class Digested(Protocol):
         """Differs where its results may differ."""
 
 
+@runtime_checkable
+class Wrapper(Protocol):
+    """What functools.wraps or functools.update_wrapper has marked."""
+
+    __wrapped__: Callable
+
+
 def name_of(function: Callable) -> str:
     """Where a function is from, a dotted path; of a callable object, its type."""
     function = inspect.unwrap(function)         # of jax.jit, functools.cache, ...
@@ -28,9 +35,15 @@ def name_of(function: Callable) -> str:
 
 def digest_of(function: Callable) -> str:
     """SHA-256 of a function's code with the constants that it was made with, so that an edited one, or another lambda,
-    is another; of an object what its `digest()` says, else the code of its type's __call__. Lists and dictionaries in a
-    closure do not count, they may be a cache; nor do globals and an object's attributes."""
+    is another; of a decorated one the wrapper's, too, and of an object what its `digest()` says, else the code of its
+    type's __call__. Lists and dictionaries in a closure do not count, they may be a cache; nor do globals and an
+    object's attributes."""
     return hashlib.sha256(_identity(function).encode()).hexdigest()
+
+
+def is_library(function: Callable) -> bool:
+    """Whether a function was written in this package; a wrapper made elsewhere was not, whatever it calls itself."""
+    return isinstance(function, types.FunctionType) and function.__globals__.get("__name__", "").startswith("kl_reg.")
 
 
 def _place(item):
@@ -45,8 +58,6 @@ def _identity(item, above=()):
     if isinstance(item, (np.ndarray, np.generic, jax.Array)):
         array = np.asarray(jax.device_get(item))
         return f"{array.dtype} {array.shape} {hashlib.sha256(array.tobytes()).hexdigest()}"
-    if callable(item):
-        item = inspect.unwrap(item)
     if any(item is other for other in above):       # a function that calls itself
         return "itself"
     each = lambda *items: [_identity(x, (*above, item)) for x in items]  # noqa: E731
@@ -59,12 +70,21 @@ def _identity(item, above=()):
     if isinstance(item, types.FunctionType):
         cells = [cell.cell_contents for cell in item.__closure__ or ()]
         defaults = item.__defaults__, tuple((item.__kwdefaults__ or {}).items())
-        return f"{_place(item)} {each(item.__code__, *defaults, *cells)}"
+        inner = [own for own in _wrapped(item) if not any(own is cell for cell in cells)]
+        return f"{_place(item)} {each(item.__code__, *defaults, *cells, *inner)}"
     if isinstance(item, types.MethodType):
         return f"{each(item.__func__, item.__self__)}"
     if isinstance(item, functools.partial):
         return f"{each(item.func, item.args, tuple(item.keywords.items()))}"
     if isinstance(item, Digested) and not isinstance(item, type):
         return item.digest()
-    called = callable(item) and not isinstance(item, type)
-    return f"{_place(item)} {each(type(item).__call__) if called else ''}"
+    if not callable(item) or isinstance(item, type):
+        return f"{_place(item)} "
+    if _wrapped(item) and not isinstance(type(item).__call__, types.FunctionType):
+        return each(*_wrapped(item))[0]             # jax.jit, functools.cache, ...: they have no code that was edited
+    return f"{_place(item)} {each(type(item).__call__, *_wrapped(item))}"
+
+
+def _wrapped(item):
+    """What an item wraps, one or none, as functools.wraps and functools.update_wrapper note it."""
+    return [item.__wrapped__] if isinstance(item, Wrapper) else []

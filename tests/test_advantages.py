@@ -22,30 +22,33 @@ def strict_dtypes():
         yield
 
 
-COMPILED = {name: jax.jit(jax.vmap(ADVANTAGES[name], (0, 0, 0, None, None), axis_name=GROUPS))
+COMPILED = {name: jax.jit(jax.vmap(ADVANTAGES[name], (0, 0, 0, None, None, 0), axis_name=GROUPS))
             for name in ADVANTAGES.names()}
 
 
-def estimate(name, streams, discount=1.0, gae_lambda=1.0, width=6, tail=0.0):
-    """(advantages, returns, scale) of a group, which is the whole batch."""
-    return [x[0] for x in estimates(name, [streams], discount, gae_lambda, width, tail)]
+def estimate(name, streams, discount=1.0, gae_lambda=1.0, width=6, tail=0.0, judged=None):
+    """(advantages, returns, scale) of a group, which is the whole batch; see `estimates`."""
+    return [x[0] for x in estimates(name, [streams], discount, gae_lambda, width, tail, judged and [judged])]
 
 
-def estimates(name, groups, discount=1.0, gae_lambda=1.0, width=6, tail=0.0):
-    """(advantages, returns, scale) of groups; streams of (reward, value), padded with `tail` to `width`."""
-    rows = [arrange(streams, width, tail) for streams in groups]
-    out = COMPILED[name](*(jnp.stack(x) for x in zip(*rows, strict=True)), jnp.float32(discount),
-                         jnp.float32(gae_lambda))
+def estimates(name, groups, discount=1.0, gae_lambda=1.0, width=6, tail=0.0, judged=None):
+    """(advantages, returns, scale) of groups; streams of (reward, value), padded with `tail` to `width`; where one is
+    not `judged` (None: all are), its mask is empty."""
+    judged = [[True] * len(streams) for streams in groups] if judged is None else judged
+    rows = [arrange(*group, width, tail) for group in zip(groups, judged, strict=True)]
+    rewards, values, mask, judged = (jnp.stack(x) for x in zip(*rows, strict=True))
+    out = COMPILED[name](rewards, values, mask, jnp.float32(discount), jnp.float32(gae_lambda), judged)
     return [np.asarray(x) for x in out]
 
 
-def arrange(streams, width, tail):
-    """(rewards, values, mask) of a group."""
+def arrange(streams, judged, width, tail):
+    """(rewards, values, mask, judged) of a group."""
     padded = np.full((2, len(streams), width), tail, np.float32)
     for row, stream in enumerate(streams):
         padded[:, row, :len(stream)] = np.array(stream, np.float32).reshape(-1, 2).T
     mask = np.arange(width) < np.array([len(stream) for stream in streams])[:, None]
-    return jnp.array(padded[0]), jnp.array(padded[1]), jnp.array(mask)
+    mask &= np.array(judged)[:, None]
+    return jnp.array(padded[0]), jnp.array(padded[1]), jnp.array(mask), jnp.array(judged)
 
 
 def rewarded(*rewards):
@@ -95,6 +98,35 @@ def test_a_group_by_hand(name, each, scale):
     np.testing.assert_allclose(advantages, np.array(each)[:, None] * mask, rtol=1e-6)
     np.testing.assert_allclose(returns, [[2, 2, 0], [5, 0, 0], [2, 4, 8]], rtol=1e-6)
     np.testing.assert_allclose(factor, scale, rtol=1e-6)
+
+
+FACTOR = 1 / (2 + 1e-4)         # the deviation of 1, 3 and 5 is 2, over n - 1
+JUDGED = {"gae": ([1, 3, 0, 5], 1), "monte_carlo": ([1, 3, 0, 5], 1), "group_mean": ([-2, 0, 0, 2], 2 / 3),
+          "leave_one_out": ([1 - 4, 0, 0, 5 - 2], 1), "group": (FACTOR * np.array([-2, 0, 0, 2]), FACTOR * 2 / 3)}
+"""Advantages and scale of returns 1, 3, one that could not be judged, and 5; one token each, all values 0."""
+
+
+@pytest.mark.parametrize("name", ADVANTAGES.names())
+@pytest.mark.parametrize("unjudged", [0.0, 1e6, float("nan")])
+def test_an_episode_that_was_not_judged_is_in_no_baseline(name, unjudged):
+    streams, (each, scale) = [rewarded(1), rewarded(3), rewarded(unjudged), rewarded(5)], JUDGED[name]
+    advantages, returns, factor = estimate(name, streams, judged=[True, True, False, True])
+    np.testing.assert_allclose(advantages[:, 0], each, rtol=1e-6)
+    np.testing.assert_allclose(returns[[0, 1, 3], 0], [1, 3, 5], rtol=1e-6)
+    np.testing.assert_allclose(factor, scale, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ADVANTAGES.names())
+@given(streams=GROUP, judged=st.tuples(*[st.booleans()] * 3), discount=PART)
+def test_a_group_is_as_without_the_episodes_that_were_not_judged(name, streams, judged, discount):
+    advantages, returns, scale = estimate(name, streams, discount, 0.5, judged=judged)
+    here = np.array(judged)
+    assert np.isfinite(scale) and not advantages[~here].any()
+    if here.any():
+        expected = estimate(name, [stream for stream, known in zip(streams, judged, strict=True) if known], discount,
+                            0.5)
+        for ours, theirs in zip((advantages[here], returns[here], scale), expected, strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4 * max(1.0, scale))
 
 
 @pytest.mark.parametrize("name", COMPARED)

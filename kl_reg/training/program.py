@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Callable
 from functools import partial, wraps
 from typing import NamedTuple
@@ -18,7 +17,7 @@ from kl_reg import advantages, divided, envs, losses, parallel, rollout, runs
 from kl_reg.analysis.groups import TokenGroups, token_groups
 from kl_reg.config import Static
 from kl_reg.envs.environment import Environment
-from kl_reg.identity import name_of
+from kl_reg.identity import is_library
 from kl_reg.kl import controllers, estimators
 from kl_reg.losses import reductions
 from kl_reg.mapped import over_members
@@ -133,8 +132,7 @@ class Program(NamedTuple):
 
     def own_parts(self) -> list[Callable]:
         """The functions of the update that are not the library's: an edited one is another experiment."""
-        parts = inspect.unwrap(self.loss), inspect.unwrap(self.advantage), inspect.unwrap(self.reduction)
-        return [part for part in parts if not name_of(part).startswith("kl_reg.")]
+        return [part for part in (self.loss, self.advantage, self.reduction) if not is_library(part)]
 
 
 def build(static: Static, model: weights.Model, start=None, loss: Callable | None = None) -> Program:

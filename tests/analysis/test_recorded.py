@@ -74,6 +74,19 @@ def test_a_batch_of_which_nothing_is_known_says_so():
         name for name in out if name.endswith("_se")}
 
 
+def test_an_episode_that_was_not_judged_is_no_part_of_the_mean_return():
+    out = summarise(recorded(np.ones((4, 3), bool), kl=[[1.0] * 3] * 4), [], np.array([1.0, 1.0, np.nan, 4.0]))
+    assert out["return"] == 2.0 and out["return_se"] == pytest.approx(scipy.stats.sem([1.0, 1.0, 4.0]))
+    assert out["kl/nats_per_episode"] == 3.0 and objective({**out, "kl/coef": 2.0})["objective/rlhf_reward"] == 2.0
+
+
+def test_where_no_episode_was_judged_there_is_no_return():
+    out = summarise(recorded(), [], np.full(2, np.nan))
+    assert out["return"] is None and out["return_se"] is None and out["kl/nats_per_episode"] == 0.0
+    said = objective({**out, "kl/coef": 2.0})
+    assert said["objective/scores"] is None and said["objective/rlhf_reward"] is None
+
+
 def test_a_value_that_is_not_finite_is_not_left_out():
     episodes = recorded(kl=[[1.0, 0.5, 0.5], [np.inf, 0.0, 0.0]], log_ratio=[[1.0, 0.5, np.nan], [1.0, 0.0, 0.0]])
     out = summarise(episodes, [], np.zeros(2))

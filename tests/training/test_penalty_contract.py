@@ -234,7 +234,7 @@ class Code:
     def gradient(self, kl):
         """Of the coefficient's penalty alone, there being no other reward."""
         prog, hyper = self.program(kl), self.settings
-        targets = step.targets(prog, self.episodes, jnp.zeros(self.episodes.mask.shape), hyper.kl_coef, hyper)
+        *targets, _ = step.targets(prog, self.episodes, jnp.zeros(self.episodes.mask.shape), hyper.kl_coef, hyper)
         loss = lambda scores: step.objective(  # noqa: E731
             prog, scores, (), Frozen(()), self.episodes, targets, hyper, jnp.int32(3), step.Weights(1, 1),
             scoring.PLAIN)[0]

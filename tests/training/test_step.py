@@ -15,6 +15,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from kl_reg import advantages, losses, rollout
 from kl_reg import config as configs
+from kl_reg.kl import controllers
 from kl_reg.kl.estimators import KLConfig, build
 from kl_reg.losses import reductions
 from kl_reg.models import weights
@@ -200,6 +201,35 @@ def test_an_epoch_of_minibatches_sees_every_episode_once(group):
     whole = gradient(group.program, group, episodes, rewards)
     parts = gradient(group.program._replace(epochs=2, minibatches=3), group, episodes, rewards)
     assert_close(parts, jax.tree.map(lambda x: 2 * 3 * x, whole), 1e-4)
+
+
+# Episodes that no reward function could judge
+
+def test_an_episode_that_was_not_judged_adds_nothing(group):
+    """As if it were not in the batch, whatever its rewards say, with a loss that imitates what has no advantage and a
+    reduction that counts episodes; and far from the policy that drew it."""
+    program = group.program._replace(loss=losses.LOSSES["awr"], normalise=True,
+                                     reduction=reductions.REDUCTIONS["fixed_length"])
+    episodes, rewards, others = one(group.episodes), one(group.rewards).at[2].set(100.0), jnp.array([0, 1, 3, 4, 5])
+    episodes = episodes._replace(log_prob=episodes.log_prob.at[2].add(-200.0))
+    expected = gradient(program, group, *jax.tree.map(lambda x: x[others], (episodes, rewards)))
+    assert_close(gradient(program, group, episodes._replace(judged=jnp.arange(6) != 2), rewards), expected, 1e-5)
+
+
+def test_where_nothing_was_judged_nothing_moves(group):
+    """Not even by what the optimizer remembers, nor the KL coefficient; but the next iteration is another one."""
+    program = group.program._replace(controller=controllers.CONTROLLERS["pi"](ITERATIONS, 6), minibatches=2)
+    episodes, hyper, params = one(group.episodes), one(group.hyper), jax.tree.map(jnp.copy, one(group.params))
+    memory = jax.tree.map(lambda x: x + 1, program.optimizer.init(params))
+    state = TrainState(params, memory, jnp.int32(0), jnp.int32(3), program.controller.init(hyper))
+    update = jax.jit(partial(step.update, program))
+    for judged in (jnp.zeros(6, bool), jnp.ones(6, bool)):
+        new, metrics, *_ = update(state, hyper, group.frozen, episodes._replace(judged=judged), one(group.rewards),
+                                  jnp.int32(12))
+        same = [bool((x == y).all()) for x, y in zip(jax.tree.leaves((new.params, new.opt_state, new.controller)),
+                                                     jax.tree.leaves((params, memory, state.controller)), strict=True)]
+        assert not any(same) if judged.any() else all(same)
+        assert int(new.iteration) == 4 and all(jnp.isfinite(x) for x in metrics.values())
 
 
 # By hand
