@@ -28,7 +28,8 @@ HYPER = {"kl.coef": "kl_coef", "kl.target": "kl_target", "kl.horizon": "kl_horiz
 BUDGETS = ("kl.budget", "kl.turn_budget", "kl.token_budget")
 
 _RUN_ONLY = ("sweep", "checkpoint", "log", "parallel")     # settings that change no number of a result
-LATER = {"env.prefill": ""}      # settings that older runs lack: as here they are not in the fingerprint
+LATER = {"env.prefill": "", "reward.nan": "refuse"}
+"""Settings that older runs lack: as here they are not in the fingerprint."""
 
 
 def default() -> ConfigDict:
@@ -69,6 +70,7 @@ def default() -> ConfigDict:
     config.reward = ConfigDict()
     config.reward.name = "vader"          # or another of docs/rewards.md, a dotted path, or several: "vader,length"
     config.reward.weights = ()            # of several; (): 1 each
+    config.reward.nan = "refuse"          # what a reward that is NaN does: an error, or "skip": it means None
     config.reward.gold = ""               # measured beside the reward that is trained on: a name, as `name`
     config.reward.path = ""               # of "classifier" and "log_likelihood" a model, of "table" a .npy file
     config.reward.label = ""              # of "classifier": whose probability is the reward; "": the positive one

@@ -102,7 +102,8 @@ def test_a_group_by_hand(name, each, scale):
 
 FACTOR = 1 / (2 + 1e-4)         # the deviation of 1, 3 and 5 is 2, over n - 1
 JUDGED = {"gae": ([1, 3, 0, 5], 1), "monte_carlo": ([1, 3, 0, 5], 1), "group_mean": ([-2, 0, 0, 2], 2 / 3),
-          "leave_one_out": ([1 - 4, 0, 0, 5 - 2], 1), "group": (FACTOR * np.array([-2, 0, 0, 2]), FACTOR * 2 / 3)}
+          "leave_one_out": ([1 - 4, 0, 0, 5 - 2], 1), "group": (FACTOR * np.array([-2, 0, 0, 2]), FACTOR * 2 / 3),
+          "group_batch": (FACTOR * np.array([-2, 0, 0, 2]), FACTOR * 2 / 3)}
 """Advantages and scale of returns 1, 3, one that could not be judged, and 5; one token each, all values 0."""
 
 

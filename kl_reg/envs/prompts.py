@@ -29,7 +29,9 @@ _TABLES = {".parquet": "parquet", ".csv": "csv", ".json": "json"}      # files f
 _ACCEPTED = ("'fixed' (env.opening), 'held_out' (of env.name='teacher_student'), a .txt, .jsonl, .json, .csv or "
              ".parquet file, a folder of a dataset, ORG/NAME[:SUBSET][@REVISION] of the Hugging Face hub, or the "
              "dotted path of a function")
-_RESERVED = ("prompts", "completions", "completion_ids")     # what every reward function is told
+_RESERVED = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra")
+"""What every reward function is told."""
+
 _DATED = datetime.date | datetime.time | datetime.timedelta
 
 

@@ -17,13 +17,14 @@ from kl_reg.rewards.chat import texts
 from kl_reg.rewards.distinct import distinct
 from kl_reg.rewards.length import length
 from kl_reg.rewards.regex import regex
-from kl_reg.rewards.reward import Reward, assemble, digest, names, of, sources, weights_of
+from kl_reg.rewards.reward import NAN, Reward, assemble, digest, names, of, sources, weights_of
 from kl_reg.rewards.scoring import Scores, score
 from kl_reg.rewards.table import table
+from kl_reg.rewards.trainer import Trainer, TrainerState
 from kl_reg.rewards.vader import vader
 
-__all__ = ["REWARDS", "Factory", "Reward", "Scores", "build", "check", "digest", "gold", "names", "of", "score",
-           "sources", "texts"]
+__all__ = ["REWARDS", "Factory", "Reward", "Scores", "Trainer", "TrainerState", "build", "check", "digest", "gold",
+           "names", "of", "score", "sources", "texts"]
 
 
 class Factory(NamedTuple):
@@ -55,6 +56,8 @@ def check(settings: ConfigDict) -> None:
             weights.
         FileNotFoundError: `reward.path` has no such model or file.
     """
+    if settings.nan not in NAN:
+        raise ValueError(f"reward.nan={settings.nan!r}: choose of {', '.join(map(repr, NAN))}")
     trained, measured = _named("name", settings), _named("gold", settings)
     weights_of(list(trained), settings.weights)
     factories = [found for found in (*trained.values(), *measured.values()) if isinstance(found, Factory)]
@@ -112,4 +115,4 @@ def _given(factory, settings):
 
 def _made(found, settings, weights):
     functions = [item.make(**_given(item, settings)) if isinstance(item, Factory) else item for item in found.values()]
-    return assemble([name.rpartition(".")[2] for name in found], functions, weights)
+    return assemble([name.rpartition(".")[2] for name in found], functions, weights, settings.nan)

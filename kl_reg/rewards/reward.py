@@ -1,29 +1,48 @@
 """What a reward is: named functions and their weights; where they are from, and what they depend on."""
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import numbers
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from kl_reg.identity import digest_of, name_of
 
 
 class Reward(NamedTuple):
-    """The weighted sum of what these functions say (scoring.py calls them). `names` are short and unique."""
+    """The weighted sum of what these functions say (scoring.py calls them). `names` are short and unique; `skip_nan`:
+    a NaN means None, and is no error."""
 
     names: tuple[str, ...]
     functions: tuple[Callable, ...]
     weights: tuple[float, ...]
+    skip_nan: bool = False
 
 
-def of(reward_fn: Callable | Sequence, weights: Sequence = ()) -> Reward:
-    """One function, or several with their weights, as a reward.
+@runtime_checkable
+class Named(Protocol):
+    """What has a name of its own: functions, and objects that were given one."""
+
+    __name__: str
+
+
+NAN = ("refuse", "skip")
+"""What a reward that is NaN does: it is an error, or it means None. The choices of `reward.nan`."""
+
+_TAKEN = ("unjudged_rate", "extra")
+"""Metrics of the reward that are called reward/..., as its functions are."""
+
+
+def of(reward_fn: Callable | Sequence, weights: Sequence = (), nan: str = "refuse") -> Reward:
+    """One function, or several with their weights, as a reward. Each is called what its `__name__` says, and an object
+    without one what its type is called.
 
     Args:
         reward_fn: a function, sync or async, or an object that is called like one; or a list of them.
         weights: one for each function; (): 1 each.
+        nan: one of NAN.
 
     Raises:
         ValueError: something is no function, or there is a wrong number of weights or one that is not finite.
@@ -32,22 +51,30 @@ def of(reward_fn: Callable | Sequence, weights: Sequence = ()) -> Reward:
     for function in functions:
         if not callable(function) or isinstance(function, type):
             raise ValueError(f"reward_fn: {function!r} is no function, nor an object that is called like one")
-    return assemble([name_of(function).rpartition(".")[2].strip("<>") for function in functions], functions, weights)
+    return assemble([_called(function) for function in functions], functions, weights, nan)
 
 
-def assemble(names: Sequence[str], functions: Sequence[Callable], weights: Sequence) -> Reward:
+def _called(function):
+    if isinstance(function, functools.partial) and not isinstance(function, Named):
+        return _called(function.func)
+    return str(function.__name__ if isinstance(function, Named) else type(function).__name__).strip("<>")
+
+
+def assemble(names: Sequence[str], functions: Sequence[Callable], weights: Sequence, nan: str) -> Reward:
     """A reward of functions and how they are called; a name that is there already gets a number.
 
     Raises:
-        ValueError: as `weights_of`.
+        ValueError: as `weights_of`, or `nan` is none of NAN.
     """
+    if nan not in NAN:
+        raise ValueError(f"reward.nan={nan!r}: choose of {', '.join(map(repr, NAN))}")
     unique = []
     for name in names:
         free, number = name, 1
-        while free in unique:
+        while free in (*_TAKEN, *unique):
             free, number = f"{name}_{number + 1}", number + 1
         unique.append(free)
-    return Reward(tuple(unique), tuple(functions), weights_of(unique, weights))
+    return Reward(tuple(unique), tuple(functions), weights_of(unique, weights), nan == "skip")
 
 
 def weights_of(names: Sequence[str], weights: Sequence) -> tuple[float, ...]:

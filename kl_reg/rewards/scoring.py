@@ -1,4 +1,5 @@
-"""Replies to rewards: asks the functions, and checks what they say. On the host; any thread may call it."""
+"""Replies to rewards: asks the functions, and checks what they say. On the host; any thread may call it, and the
+functions that are not asynchronous are called in it."""
 from __future__ import annotations
 
 import asyncio
@@ -6,9 +7,11 @@ import concurrent.futures
 import contextlib
 import functools
 import inspect
+import itertools
+import math
 import numbers
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -17,6 +20,8 @@ from jaxtyping import Bool, Float32
 
 from kl_reg.envs.environment import Reply
 from kl_reg.rewards.reward import Reward
+from kl_reg.rewards.signature import wanted
+from kl_reg.rewards.trainer import Trainer
 
 _LARGEST = float(np.finfo(np.float32).max)
 _SHOWN = 200        # characters of a text in a message
@@ -33,8 +38,11 @@ class Scores(NamedTuple):
     judged: Bool[np.ndarray, " n"]
 
 
-def score(reward: Reward, replies: Sequence[Reply]) -> Scores:
+def score(reward: Reward, replies: Sequence[Reply], trainer: Trainer | None = None) -> Scores:
     """What a reward says of each reply; only those with `scored` are shown to its functions.
+
+    Args:
+        trainer: what the functions see of it, and where they log; None: as after a training, and nothing is kept.
 
     Raises:
         ValueError: a function requires what there is not, raised, or returned the wrong number of rewards or one that
@@ -43,7 +51,7 @@ def score(reward: Reward, replies: Sequence[Reply]) -> Scores:
     chosen = {i: reply for i, reply in enumerate(replies) if reply.scored}
     said = np.full((len(reward.functions), len(replies)), np.nan)
     if chosen:
-        said[:, list(chosen)] = _ask(reward, chosen)
+        said[:, list(chosen)] = _ask(reward, chosen, trainer or Trainer())
     total = np.nansum(np.array(reward.weights)[:, None] * said, axis=0)
     large = np.flatnonzero(np.abs(total) > _LARGEST)
     if len(large):
@@ -54,18 +62,21 @@ def score(reward: Reward, replies: Sequence[Reply]) -> Scores:
                   ~np.isnan(said).all(0))
 
 
-def _ask(reward, chosen):
+def _ask(reward, chosen, trainer):
     """What each function says of the chosen replies [functions, chosen]; NaN: None."""
-    given, answers = _arguments(chosen), []
+    (lists, columns), told, answers = _arguments(chosen), trainer.arguments(), []
+    given = lists | told
     for name, function in zip(reward.names, reward.functions, strict=True):
-        wanted = _wanted(name, function, given)
+        names = wanted(f"reward function {name!r}", function, list(given), columns)
         with _naming(name, chosen):
-            answers.append(_begin(function(**{key: list(given[key]) for key in wanted})))
-    return [_numbers(name, answer, chosen) for name, answer in zip(reward.names, answers, strict=True)]
+            said = function(**{key: list(lists[key]) if key in lists else told[key] for key in names})
+            answers.append(_begin(said, len(chosen)))
+    return [_numbers(name, answer, chosen, reward.skip_nan) for name, answer in zip(reward.names, answers, strict=True)]
 
 
 def _arguments(chosen):
-    """Everything that a function may be given, by name, one entry a reply; a chat's completion is a message."""
+    """Every list that a function may be given, by name, one entry a reply (a chat's completion is a message), and which
+    of them are columns of the prompts."""
     first, columns = next((i, set(reply.columns)) for i, reply in chosen.items())
     for i, reply in chosen.items():
         differing = columns ^ set(reply.columns)
@@ -77,24 +88,7 @@ def _arguments(chosen):
              "completions": [reply.text if isinstance(reply.prompt, str) else
                              [{"role": "assistant", "content": reply.text}] for reply in replies],
              "completion_ids": [reply.ids for reply in replies]}
-    return given | {column: [reply.columns[column] for reply in replies] for column in sorted(columns)}
-
-
-def _wanted(name: str, function: Callable, given: Mapping[str, list]) -> list[str]:
-    """Those names of `given` that a function takes: all, with **kwargs."""
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"reward function {name!r} has no signature: {error}") from None
-    named = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    required = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    missing = [parameter for parameter in required if parameter not in given or parameter not in named]
-    if missing:
-        columns = ", ".join(list(given)[3:]) or "none"
-        raise ValueError(f"reward function {name!r} requires {', '.join(map(repr, missing))}; given by name are "
-                         f"prompts, completions, completion_ids and the columns of the prompts (here: {columns})")
-    anything = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    return [key for key in given if anything or key in named]
+    return given | {column: [reply.columns[column] for reply in replies] for column in sorted(columns)}, sorted(columns)
 
 
 @contextlib.contextmanager
@@ -107,9 +101,17 @@ def _naming(name, chosen):
                          f"{_batch(chosen)}") from error
 
 
-def _begin(said):
+def _begin(said, count):
     """What a function returned; of an asynchronous one the future of it, under way from here on."""
-    return asyncio.run_coroutine_threadsafe(_awaited(said), _loop()) if inspect.isawaitable(said) else said
+    if inspect.isawaitable(said):
+        return asyncio.run_coroutine_threadsafe(_awaited(said), _loop())
+    return _listed(said, count)
+
+
+def _listed(said, count):
+    """A list of what a generator or another iterator gives, of one entry too many where it gives too many: it may never
+    end."""
+    return list(itertools.islice(said, count + 1)) if isinstance(said, Iterator) else said
 
 
 async def _awaited(said):
@@ -125,27 +127,30 @@ def _loop() -> asyncio.AbstractEventLoop:
     return loop
 
 
-def _numbers(name, answer, chosen):
+def _numbers(name, answer, chosen, skip_nan):
     """The rewards that a function returned, as floats; NaN: None."""
     with _naming(name, chosen):
-        said = answer.result() if isinstance(answer, concurrent.futures.Future) else answer
+        said = _listed(answer.result(), len(chosen)) if isinstance(answer, concurrent.futures.Future) else answer
         said = jax.device_get(said)         # it may be an array of a device, or a list of them
     if not isinstance(said, (list, tuple)) and not (isinstance(said, np.ndarray) and said.ndim):
         raise ValueError(f"reward function {name!r} returned {_cut(said)}, which is no list, tuple or array of rewards")
     if len(said) != len(chosen):
         raise ValueError(f"reward function {name!r} returned {len(said)} rewards for {_batch(chosen)}")
-    return [_number(name, value, i, reply) for value, (i, reply) in zip(said, chosen.items(), strict=True)]
+    return [_number(name, value, i, reply, skip_nan) for value, (i, reply) in zip(said, chosen.items(), strict=True)]
 
 
-def _number(name, value, i, reply):
+def _number(name, value, i, reply, skip_nan):
     if isinstance(value, (np.ndarray, np.generic)) and value.ndim == 0:
         value = value.item()
     if value is None:
         return np.nan
     if isinstance(value, numbers.Real) and abs(value) <= _LARGEST:     # no NaN either
         return float(value)
+    missing = isinstance(value, numbers.Real) and math.isnan(value)
+    if missing and skip_nan:
+        return np.nan
     raise ValueError(f"reward function {name!r} returned {_cut(value)} for {_sample(i, reply)}; a reward is a finite "
-                     "number or None")
+                     "number or None" + ", or NaN with reward.nan='skip', which then means None" * missing)
 
 
 def _batch(chosen):

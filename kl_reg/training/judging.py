@@ -19,18 +19,21 @@ from kl_reg.types import Episodes
 
 
 class Judges(NamedTuple):
-    """`reward` is trained on; `gold`, where there is one, is measured beside it."""
+    """`reward` is trained on; `gold`, where there is one, is measured beside it; `state`: how far the training is."""
 
     reward: Reward
     gold: Reward | None
+    state: rewards.TrainerState = rewards.TrainerState()
 
 
 class Answers(NamedTuple):
-    """What the reward functions say of some of a batch's replies: those with these numbers."""
+    """What the reward functions say of some of a batch's replies: those with these numbers. `logged`: what else they
+    logged, by name."""
 
     numbers: list[int]
     reward: rewards.Scores
     gold: rewards.Scores | None
+    logged: dict[str, list[float]]
 
 
 class Judgement(NamedTuple):
@@ -74,9 +77,10 @@ def ask(program, judges: Judges, episodes: Episodes) -> Answers:
     turns = program.env.read(episodes.transcript)
     numbers = [i for i, turn in enumerate(turns) if turn.episode // size in mine]
     turns = [turns[i] for i in numbers]
+    trainer = rewards.Trainer(judges.state)
     with jax.transfer_guard("allow"):       # a user's function may use the device as it likes
-        return Answers(numbers, rewards.score(judges.reward, turns),
-                       rewards.score(judges.gold, turns) if judges.gold else None)
+        return Answers(numbers, rewards.score(judges.reward, turns, trainer),
+                       rewards.score(judges.gold, turns, trainer) if judges.gold else None, trainer.logged)
 
 
 def credit(program, episodes: Episodes, answers: Sequence[Answers]) -> Judgement:
@@ -84,14 +88,17 @@ def credit(program, episodes: Episodes, answers: Sequence[Answers]) -> Judgement
     turns, order = program.env.read(episodes.transcript), np.argsort(np.concatenate([own.numbers for own in answers]))
     join = lambda *parts: np.concatenate(parts)[order]  # noqa: E731
     scores = jax.tree.map(join, *(own.reward for own in answers))
-    own = replies.credit(turns, scores, episodes.slot, episodes.mask)
+    credited = replies.credit(turns, scores, episodes.slot, episodes.mask)
     row = rates({"reward/unjudged_rate": _unjudged(turns, scores, len(episodes.mask))})
     if len(scores.parts) > 1:
         row |= {f"reward/{name}": _mean(values) for name, values in scores.parts.items()}
     if answers[0].gold:
         gold = jax.tree.map(join, *(own.gold for own in answers))
         row["gold/return"] = _mean(replies.credit(turns, gold, episodes.slot, episodes.mask).returns)
-    return Judgement(turns, own, row)
+    logged = [(name, values) for own in answers for name, values in own.logged.items()]
+    row |= {f"reward/extra/{name}": float(np.mean(np.concatenate([x for other, x in logged if other == name])))
+            for name in dict.fromkeys(name for name, _ in logged)}
+    return Judgement(turns, credited, row)
 
 
 def describe(program, judged: Judgement, episodes: Episodes) -> dict:

@@ -57,20 +57,20 @@ def train(config: ConfigDict, reward_fn: Callable | Sequence[Callable] | None = 
     """
     began = time.monotonic() if began is None else began
     config = config.copy_and_resolve_references()
-    weighted = config.reward.weights
+    weighted, nan = config.reward.weights, config.reward.nan
     if reward_fn is not None:                   # whatever else was named is not used
         if not config.reward.gold:
             with config.unlocked():
                 config.reward = configs.default().reward
-        config.reward.name, config.reward.weights = "vader", ()
+        config.reward.update({"name": "vader", "weights": (), "nan": nan})
     if loss_fn is not None:
         if any("rl.loss" in member for member in configs.members(config)):
             raise ValueError("loss_fn: the sweep has rl.loss, which it would replace in all members; give one of them")
         config.rl.loss = "reinforce"
     validation.validate(config)
-    judges = Judges(rewards.build(config.reward) if reward_fn is None else rewards.of(reward_fn, weighted),
-                    rewards.gold(config.reward))
-    judged = [rewards.digest(reward) for reward in judges if reward]
+    judges = Judges(rewards.build(config.reward) if reward_fn is None else rewards.of(reward_fn, weighted, nan),
+                    rewards.gold(config.reward), rewards.TrainerState(config.rl.iterations, config.rl.iterations))
+    judged = [rewards.digest(reward) for reward in (judges.reward, judges.gold) if reward]
     if reward_fn is not None:
         config.reward.name, config.reward.weights = rewards.sources(judges.reward), weighted
     if loss_fn is not None:
@@ -130,7 +130,8 @@ def _iterate(config, groups, states, judges, workdir, saved, start):
             bar.log(f"{workdir}: already trained for {done} of {config.rl.iterations} iterations")
         for iteration in range(done, config.rl.iterations):
             began, before = time.monotonic(), len(compiled)
-            rows = _iteration(groups, states, judges)
+            state = rewards.TrainerState(iteration, config.rl.iterations)
+            rows = _iteration(groups, states, judges._replace(state=state))
             seconds = time.monotonic() - began
             if iteration == done:
                 bar.log(f"first update after {time.monotonic() - start:.1f} s")

@@ -19,6 +19,7 @@ from kl_reg.config import Static
 from kl_reg.envs.environment import Environment
 from kl_reg.identity import is_library
 from kl_reg.kl import controllers, estimators
+from kl_reg.kl.spends import SPENDS
 from kl_reg.losses import reductions
 from kl_reg.mapped import over_members
 from kl_reg.models import embeddings, end_tokens, policies, policy, reference, student, tokenizer, weights
@@ -30,7 +31,8 @@ class Program(NamedTuple):
     """The objects that the static settings name, and the settings that rollout and step read.
 
     `per_token`: whether the loss says so (`losses.LOSSES`). `cpu`: whether it is made for one. `axis` is that of the
-    devices of which each runs this program on `episodes` of its own; None: there is one.
+    devices of which each runs this program on `episodes` of its own; None: there is one. `given`: pieces that a dotted
+    path names, beside those of the loss.
     """
 
     policy: policy.Policy
@@ -64,6 +66,7 @@ class Program(NamedTuple):
     final: float
     cpu: bool
     axis: str | None = None
+    given: tuple = ()
 
     @property
     def parallel(self) -> bool:
@@ -131,8 +134,8 @@ class Program(NamedTuple):
         return scoring.Cost(group if rows % group == 0 and divided.spread() == 1 else 1, members)
 
     def own_parts(self) -> list[Callable]:
-        """The functions of the update that are not the library's: an edited one is another experiment."""
-        return [part for part in (self.loss, self.advantage, self.reduction) if not is_library(part)]
+        """What is not the library's: an edited one is another experiment."""
+        return [*(part for part in (self.loss, self.advantage, self.reduction) if not is_library(part)), *self.given]
 
 
 def build(static: Static, model: weights.Model, start=None, loss: Callable | None = None) -> Program:
@@ -164,6 +167,9 @@ def build(static: Static, model: weights.Model, start=None, loss: Callable | Non
     _check_embeddings(config, env, words, model)
     shapes = dataclasses.replace(model.config, cache=config.model.cache, remat=config.model.remat,
                                  attention=config.model.attention)
+    named = ((envs.ENVIRONMENTS, config.env.name), (estimators.ESTIMATORS, estimators.canonical(kl.estimator)),
+             (SPENDS, kl.spend), (controllers.CONTROLLERS, kl.controller), (reference.REFERENCES, config.reference.name),
+             (policies.POLICIES, config.policy.kind))
     agent = policies.build(config.policy.kind, shapes, config.policy)
     measured = reference.build(config.reference, agent, drawn, start)
     if not measured.proper:
@@ -180,7 +186,8 @@ def build(static: Static, model: weights.Model, start=None, loss: Callable | Non
         constrained=static.constrained, spend=kl.spend, levels=config.policy.spend_levels, carry=kl.carry,
         normalise=rl.normalise, iterations=rl.iterations, episodes=rl.episodes, epochs=rl.epochs,
         minibatches=rl.minibatches, accumulate=rl.accumulate, entries=rl.entries, copies=config.model.copies,
-        warmup=config.optim.warmup, final=config.optim.final, cpu=jax.default_backend() == "cpu")
+        warmup=config.optim.warmup, final=config.optim.final, cpu=jax.default_backend() == "cpu",
+        given=tuple(registry[name] for registry, name in named if "." in name))
 
 
 def _check_embeddings(config, env, words, model):

@@ -1,14 +1,17 @@
 """Rewards as the configuration names them, their settings, weights and digests."""
 import functools
 import re
+import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from reward_staging import reply, settings
 
 from kl_reg import rewards
-from kl_reg.identity import digest_of, name_of
+from kl_reg.identity import digest_of, is_library, name_of
+from kl_reg.losses.reinforce import reinforce
 
 
 def shout(completions):
@@ -64,6 +67,7 @@ def test_gold_is_another_reward_with_settings_of_the_same_section():
     ({"gold": "vadar"}, "reward.gold='vadar': .*unknown"), ({"gold": "vader,"}, "reward.gold='vader,'"),
     ({"weights": (1.0, 2.0)}, r"reward.weights=\(1.0, 2.0\) has 2 weights for the 1 of vader"),
     ({"name": "vader,length", "weights": (1.0,)}, r"has 1 weights for the 2 of vader, length"),
+    ({"nan": "ignore"}, "reward.nan='ignore': choose of 'refuse', 'skip'"),
     ({"weights": (float("nan"),)}, "nan is no finite number"), ({"weights": ("1",)}, "'1' is no finite number"),
     ({"path": "x"}, "reward.path='x'.*no effect.*'vader'.*'classifier', 'log_likelihood', 'table'"),
     ({"label": "x"}, "reward.label='x'.*no effect.*'vader'.*'classifier'"),
@@ -96,6 +100,18 @@ def test_a_model_of_another_kind_is_refused(distilbert, tiny_folder):
 def test_functions_that_are_given_have_short_unique_names():
     reward = rewards.of([shout, shouting, functools.partial(shout), shouting.__call__, lambda completions: [1.0]])
     assert rewards.names(reward) == ("shout", "Shouting", "shout_2", "__call__", "lambda")
+
+
+def test_a_name_that_something_was_given_is_its_name():
+    """As TRL has it; two judges of one type are told apart by it. Metrics of the reward have names of their own."""
+    kind, strict, partial = Shouting(), Shouting(), functools.partial(shout)
+    kind.__name__, strict.__name__, partial.__name__ = "kind", "strict", "loud"
+    assert rewards.names(rewards.of([kind, strict, partial, twice(shout, 2)])) == ("kind", "strict", "loud", "shout")
+    strict.__name__ = "unjudged_rate"
+    assert rewards.names(rewards.of(strict)) == ("unjudged_rate_2",)
+
+
+def test_sources_are_dotted_paths():
     assert rewards.sources(rewards.of([shout, shouting])) == "test_reward_names.shout,test_reward_names.Shouting"
 
 
@@ -124,6 +140,85 @@ def test_functions_with_another_code_or_other_values_in_it_differ():
     assert len({digest_of(function) for function in functions}) == len(functions)
     for same in ((2, 2), (a, a.copy()), ({}, {"what is": "remembered"})):
         assert len({digest_of(scaled(value)) for value in same}) == 1
+
+
+def twice(inner, by):
+    @functools.wraps(inner)
+    def wrapper(*args, **kwargs):
+        return [by * x for x in inner(*args, **kwargs)]
+    return wrapper
+
+
+def negated(inner):
+    @functools.wraps(inner)
+    def wrapper(*args, **kwargs):
+        return [-x for x in inner(*args, **kwargs)]
+    return wrapper
+
+
+class Keeping:
+    """A decorator that is an object, with the function inside in no closure."""
+
+    def __init__(self, inner):
+        functools.update_wrapper(self, inner)
+
+    def __call__(self, completions):
+        return self.__wrapped__(completions)
+
+
+class Halving(Keeping):
+    def __call__(self, completions):
+        return [x / 2 for x in self.__wrapped__(completions)]
+
+
+class Loud:
+    @functools.partial(twice, by=2)
+    def two(self, completions):
+        return shout(completions)
+
+    @functools.partial(twice, by=3)
+    def three(self, completions):
+        return shout(completions)
+
+
+def marked(inner, by):
+    """A partial that says that it wraps."""
+    return functools.update_wrapper(functools.partial(scaled(1), by), inner)
+
+
+def hidden(completions):
+    return HIDDEN(completions)
+
+
+def whisper(completions):
+    return [float(text.islower()) for text in completions]
+
+
+def hiding(inner):
+    """A wrapper that has the function inside in no closure, and only says which it is."""
+    outer = types.FunctionType(hidden.__code__, {"HIDDEN": inner}, "hidden")
+    return functools.update_wrapper(outer, inner)
+
+
+def test_a_wrapper_is_part_of_what_it_wraps():
+    """An edited decorator, other constants in it, or another function inside."""
+    functions = [shout, twice(shout, 2), twice(shout, 3), negated(shout), twice(twice(shout, 2), 3),
+                 twice(twice(shout, 3), 2), twice(whisper, 2), Keeping(shout), Keeping(whisper), Halving(shout),
+                 Loud().two, Loud().three, marked(shout, 2), marked(shout, 3), hiding(shout), hiding(whisper)]
+    assert len({digest_of(function) for function in functions}) == len(functions)
+    for make in (lambda: twice(shout, 2), lambda: Keeping(shout), lambda: Loud().two, lambda: hiding(shout)):
+        assert digest_of(make()) == digest_of(make())
+
+
+def test_what_compiles_or_remembers_is_what_it_wraps():
+    for make in (jax.jit, functools.cache, functools.lru_cache(maxsize=2)):
+        assert digest_of(make(shout)) == digest_of(shout) != digest_of(make(twice(shout, 2)))
+
+
+def test_a_wrapper_of_a_function_of_the_library_is_not_the_librarys():
+    assert is_library(reinforce)
+    for own in (twice(reinforce, 2), functools.partial(reinforce), Keeping(reinforce), shout):
+        assert not is_library(own)
 
 
 def test_an_edit_inside_of_a_comprehension_is_another_function():

@@ -1,6 +1,8 @@
 """How functions are asked for rewards, and what they may say."""
 import asyncio
 import functools
+import itertools
+import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -52,7 +54,8 @@ QUESTIONS = [reply("4", answer="4", level=1), reply("5", answer="4", level=2)]
 
 
 def matches(completions, answer, **kwargs):     # as functions for TRL are written
-    assert kwargs == {"prompts": ["a prompt"] * 2, "completion_ids": [[1], [1]], "level": [1, 2]}
+    assert set(kwargs) == {"prompts", "completion_ids", "level", "trainer_state", "log_metric", "log_extra"}
+    assert [kwargs[name] for name in ("prompts", "completion_ids", "level")] == [["a prompt"] * 2, [[1], [1]], [1, 2]]
     return [1.0 if said == right else 0.0 for said, right in zip(completions, answer, strict=True)]
 
 
@@ -112,7 +115,147 @@ def test_a_function_cannot_change_what_the_next_one_is_given():
     assert scores([greedy, length_of], [reply("abc", prompt="prompt of abc")]).total.tolist() == [2]
 
 
+# ---- functions in others
+
+def noting(inner):
+    """A wrapper that hands everything on."""
+    @functools.wraps(inner)
+    def wrapper(*args, **kwargs):
+        return inner(*args, **kwargs)
+    return wrapper
+
+
+def weighing(inner):
+    """A wrapper that needs a column that the function inside does not take."""
+    @functools.wraps(inner)
+    def wrapper(completions, answer, level):
+        return [by * x for by, x in zip(level, inner(completions, answer), strict=True)]
+    return wrapper
+
+
+def blind(inner):
+    """A wrapper that takes less than the function inside."""
+    @functools.wraps(inner)
+    def wrapper(completions):
+        return inner(completions, ["4"] * len(completions))
+    return wrapper
+
+
+def filtering(inner):
+    """A wrapper that takes everything and hands a part of it on."""
+    @functools.wraps(inner)
+    def wrapper(completions, **columns):
+        return [x + by for x, by in zip(inner(completions, columns["answer"]), columns["level"], strict=True)]
+    return wrapper
+
+
+def exact(completions, answer):
+    return [float(said == right) for said, right in zip(completions, answer, strict=True)]
+
+
+class Counting:
+    """A decorator that is an object."""
+
+    def __init__(self, inner):
+        functools.update_wrapper(self, inner)
+        self.asked = 0
+
+    def __call__(self, *args, **kwargs):
+        self.asked += 1
+        return self.__wrapped__(*args, **kwargs)
+
+
+class Noted(Judge):
+    __call__ = noting(Judge.__call__)
+    method = noting(Judge.method)
+
+
+@pytest.mark.parametrize(("function", "expected"), [
+    (noting(exact), [1, 0]), (noting(noting(exact)), [1, 0]), (weighing(exact), [1, 0]), (blind(exact), [1, 0]),
+    (filtering(exact), [2, 2]), (noting(weighing(exact)), [1, 0]), (weighing(noting(exact)), [1, 0]),
+    (noting(matches), [1, 0]), (Counting(exact), [1, 0]), (Noted(), [1, 0]), (Noted().method, [1, 0]),
+    (functools.partial(noting(exact)), [1, 0]), (functools.partial(weighing(exact), level=[3, 3]), [3, 0]),
+    (noting(functools.partial(exact)), [1, 0]), (noting(Judge()), [1, 0])])
+def test_a_wrapper_is_called_with_what_it_takes(function, expected):
+    assert scores(function, QUESTIONS).total.tolist() == expected
+
+
+def test_functions_of_jax_and_of_a_cache_take_what_they_wrap():
+    @functools.cache
+    def cached(log_metric):
+        return [1.0]
+
+    assert scores(cached, [reply()]).total.tolist() == [1]
+
+
+def test_a_wrapper_that_requires_what_there_is_not_is_named_itself():
+    with pytest.raises(ValueError, match=r"'exact', whose wrapper is weighing.<locals>.wrapper \(.*test_scoring.py, "
+                                         r"line \d+\), requires 'level'; .*here: answer\)"):
+        scores(weighing(exact), [reply(answer="4")])
+    with pytest.raises(ValueError, match="reward function 'exact' requires 'answer'; "):
+        scores(noting(exact), [reply(level=1)])
+
+
+# ---- what a function sees of the trainer
+
+def test_the_trainer_is_given_as_trl_gives_it():
+    def curriculum(completions, trainer_state, log_metric, log_extra):
+        assert trainer_state.epoch == 0.75 * trainer_state.num_train_epochs
+        log_metric("length", np.float32(2.5))
+        log_metric("length", 3.5)
+        log_extra("first", [text[0] for text in completions])
+        log_extra("guess", [1.0, None, torch.tensor(4.0)])
+        return [trainer_state.global_step / trainer_state.max_steps] * 3
+
+    async def later(log_metric, **kwargs):
+        log_metric("later", 1)
+        return [0.0] * 3
+
+    trainer = rewards.Trainer(rewards.TrainerState(3, 4))
+    out = rewards.score(rewards.of([curriculum, later]), [reply("a"), reply("b"), reply("c")], trainer)
+    assert out.total.tolist() == [0.75] * 3
+    assert trainer.logged == {"length": [2.5, 3.5], "guess": [1.0, 4.0], "later": [1.0]}
+    assert scores(lambda trainer_state: [trainer_state.epoch], [reply()]).total.tolist() == [1]
+
+
+@pytest.mark.parametrize("value", [None, float("nan"), float("inf"), "1", [1.0]], ids=str)
+def test_a_metric_that_is_no_number_names_the_function(value):
+    def logs(log_metric):
+        log_metric("depth", value)
+        return [1.0]
+
+    with pytest.raises(ValueError, match="'logs' raised ValueError: log_metric.'depth', .*must be a finite number"):
+        scores(logs, [reply()])
+
+
+@hypothesis.given(st.lists(st.none() | st.floats() | st.integers(-9, 9) | st.booleans() | st.text(max_size=3)))
+def test_a_column_logs_its_finite_numbers(values):
+    trainer = rewards.Trainer()
+    trainer.log_extra("column", values)
+    numbers = [float(x) for x in values if isinstance(x, (bool, int, float)) and -np.inf < x < np.inf]
+    assert trainer.logged == ({"column": numbers} if numbers else {})
+
+
 # ---- several, None and asynchronous ones
+
+def test_a_function_is_called_where_it_is_asked_and_may_set_an_alarm():
+    """As verifiers do; only the main thread can."""
+    def patient(completions):
+        def late(*_):
+            raise TimeoutError("too long")
+
+        before = signal.signal(signal.SIGALRM, late)
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        try:
+            time.sleep(10)
+        except TimeoutError:
+            return [0.5]
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+
+    assert scores(patient, [reply()]).total.tolist() == [0.5]
+
 
 NUMBERS = st.none() | st.floats(-1e3, 1e3, width=32)
 
@@ -224,11 +367,54 @@ def test_a_reward_that_is_no_finite_number_names_function_and_sample(bad):
         scores([length_of, strange][1:], [reply("the first"), reply("unscored", scored=False), reply("the second")])
 
 
-@pytest.mark.parametrize("bad", [1.0, "ab", {"a": 1, "b": 2}, None, np.array(1.0), (x for x in (1.0, 2.0))],
+@pytest.mark.parametrize("bad", [1.0, "ab", {"a": 1, "b": 2}, {1.0, 2.0}, None, np.array(1.0)],
                          ids=lambda bad: type(bad).__name__)
 def test_what_is_no_list_is_refused(bad):
     with pytest.raises(ValueError, match="'lambda' returned .*no list, tuple or array"):
         scores(lambda completions: bad, [reply(), reply()])
+
+
+def generator(completions):
+    for text in completions:
+        yield float(len(text))
+
+
+async def asynchronous(completions):
+    return generator(completions)
+
+
+@pytest.mark.parametrize("function", [generator, asynchronous, lambda completions: map(len, completions),
+                                      lambda completions: iter([len(text) for text in completions])])
+def test_a_generator_is_listed(function):
+    assert scores(function, [reply("a"), reply("bcd")]).total.tolist() == [1, 3]
+
+
+@pytest.mark.parametrize(("made", "message"), [
+    (lambda: itertools.repeat(1.0), "'lambda' returned 3 rewards for 2"), (lambda: iter([1.0]), "1 rewards for 2"),
+    (lambda: (1 / 0 for _ in range(2)), "'lambda' raised ZeroDivisionError")])
+def test_a_generator_with_another_number_of_rewards_or_that_raises_names_the_function(made, message):
+    with pytest.raises(ValueError, match=message):
+        scores(lambda completions: made(), [reply(), reply()])
+
+
+@pytest.mark.parametrize("nan", [float("nan"), np.float32("nan"), jnp.array(jnp.nan), torch.tensor(float("nan"))])
+def test_nan_means_none_where_it_is_said(nan):
+    reward, replies = rewards.of(lambda completions: [1.0, nan, None], nan="skip"), [reply(), reply("x"), reply()]
+    out = rewards.score(reward, replies)
+    assert out.total.tolist() == [1, 0, 0] and out.judged.tolist() == [True, False, False]
+    with pytest.raises(ValueError, match="returned .*nan.* for the completion 'x'.*NaN with reward.nan='skip'"):
+        scores(lambda completions: [1.0, nan, None], replies)
+    with pytest.raises(ValueError, match="returned inf"):
+        rewards.score(reward._replace(functions=(lambda completions: [float("inf")] * 3,)), replies)
+    with pytest.raises(ValueError, match="reward.nan='ignore': choose of 'refuse', 'skip'"):
+        rewards.of(generator, nan="ignore")
+
+
+def test_what_no_function_could_judge_is_known():
+    """A number of one of them is enough; what is not scored is not asked about."""
+    replies = [reply("a"), reply("b"), reply("c"), reply("d", scored=False)]
+    out = scores([lambda completions: [None, 0.0, None], lambda completions: [None, None, 2.0]], replies)
+    assert out.asked.tolist() == [True, True, True, False] and out.judged.tolist() == [False, True, True, False]
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])
