@@ -159,11 +159,12 @@ def names_of_update():
 
 
 def test_the_page_lists_every_metric_and_no_other(tiny_tokenizer):
-    """The loop adds iteration, seconds and the number of evaluation episodes."""
+    """The loop adds iteration, seconds, the number of evaluation episodes and what it knows of the rewards."""
     batch = episodes([[5, 6], [7, None]], [[0, 0], [0, 0]], [[1.0, 2.0], [3.0, 0.0]])
     row = {**summarise(batch, [], np.zeros(2)), "kl/coef": 0.1,
            **kl_by_group(batch, token_groups(tiny_tokenizer, "\n", {}))}
-    real = {*row, *objective(row), *names_of_update(), "iteration", "seconds", "tokens_per_second", "episodes"}
+    real = {*row, *objective(row), *names_of_update(), "iteration", "seconds", "tokens_per_second", "episodes",
+            "reward/unjudged_rate", "reward/unjudged_rate_se"}
     listed = set()
     for name, with_error in re.findall(r"^\| `([^`]+)` \| (±?) ?\|", PAGE.read_text(), re.MULTILINE):
         for expanded in [name.replace("<name>", group) for group in BUILT_IN] if "<name>" in name else [name]:

@@ -2,6 +2,8 @@ import contextlib
 import io
 import json
 import re
+import signal
+from types import SimpleNamespace
 
 import chex
 import jax
@@ -12,11 +14,16 @@ import pytest
 import kl_reg
 from kl_reg import config as configs
 from kl_reg import metrics
+from kl_reg.training import loop
 
 
 def reward(prompts, completions, completion_ids):
-    """Longer replies are better."""
-    return [len(ids) / 10 for ids in completion_ids]
+    """Longer replies are better. It sets an alarm, as verifiers do, which only the main thread can."""
+    before = signal.alarm(600)
+    try:
+        return [len(ids) / 10 for ids in completion_ids]
+    finally:
+        signal.alarm(before)
 
 
 @pytest.fixture(scope="module")
@@ -189,6 +196,42 @@ def test_a_reward_that_is_no_number_stops_before_the_update(config, tmp_path):
 
     with pytest.raises(ValueError, match="reward function 'broken' returned nan"):
         kl_reg.train(config, broken, tmp_path / "run")
+
+
+def test_a_run_in_which_nothing_can_be_judged_moves_nothing_and_says_so(config, tmp_path):
+    """NaN, which means None here, for every completion; and what the functions see of the trainer and log."""
+    silent = config.copy_and_resolve_references()
+    silent.update({"env": {"name": "completion", "turns": 0, "length": 8}, "kl": {"coef": 0.3}, "sweep": [],
+                   "reward": {"nan": "skip"}, "rl": {"iterations": 2}, "evaluation": {"episodes": 4}})
+    steps = []
+
+    def helpless(completions, trainer_state, log_metric):
+        steps.append((trainer_state.global_step, trainer_state.max_steps))
+        log_metric("count", len(completions))
+        return [float("nan")] * len(completions)
+
+    result, said = trained(silent, helpless, tmp_path / "run")
+    assert steps == [(0, 2), (1, 2), (2, 2), (2, 2)]
+    assert any("no reward function gave a number for any reply of member 0" in line for line in said)
+    for row in lines(result, 0):
+        assert row["reward/unjudged_rate"] == 1 and row["return"] is None and row["objective/rlhf_reward"] is None
+        assert row["reward/extra/count"] == 4 and row["optim/grad_norm"] == 0 and row["kl/nats_per_episode"] < 1e-6
+    assert not any(np.any(x) for x in jax.tree.leaves(result.params[0]["actor"]["change"]))
+    assert [row["final"]["return"] for row in result.summary] == [None, None]
+    with np.load(result.workdir / "members/0/evaluation.npz") as arrays:
+        assert np.isnan(arrays["returns"]).all()
+    assert result.report.is_file()
+
+
+def test_a_group_is_sampled_while_the_reward_functions_are_asked_about_the_one_before(monkeypatch):
+    """What the device does is dispatched first, and nobody waits for it."""
+    said, fake = [], SimpleNamespace(fetch=None)
+    monkeypatch.setattr(loop, "_sample", lambda group, state: said.append(f"sample {group}") or group)
+    monkeypatch.setattr(loop, "_update", lambda group, state, batch, judges: said.append(f"judge {batch}") or (
+        f"new {state}", {group: {}}))
+    states = ["a", "b", "c"]
+    assert loop._iteration([0, 1, 2], states, fake) == {0: {}, 1: {}, 2: {}} and states == ["new a", "new b", "new c"]
+    assert said == ["sample 0", "sample 1", "judge 0", "sample 2", "judge 1", "judge 2"]
 
 
 def scalars(result, member):
