@@ -43,6 +43,7 @@ def digest_of(function: Callable) -> str:
 
 def is_library(function: Callable) -> bool:
     """Whether a function was written in this package; a wrapper made elsewhere was not, whatever it calls itself."""
+    function = _bare(function)
     return isinstance(function, types.FunctionType) and function.__globals__.get("__name__", "").startswith("kl_reg.")
 
 
@@ -58,6 +59,7 @@ def _identity(item, above=()):
     if isinstance(item, (np.ndarray, np.generic, jax.Array)):
         array = np.asarray(jax.device_get(item))
         return f"{array.dtype} {array.shape} {hashlib.sha256(array.tobytes()).hexdigest()}"
+    item = _bare(item)
     if any(item is other for other in above):       # a function that calls itself
         return "itself"
     each = lambda *items: [_identity(x, (*above, item)) for x in items]  # noqa: E731
@@ -83,6 +85,14 @@ def _identity(item, above=()):
     if _wrapped(item) and not isinstance(type(item).__call__, types.FunctionType):
         return each(*_wrapped(item))[0]             # jax.jit, functools.cache, ...: they have no code that was edited
     return f"{_place(item)} {each(type(item).__call__, *_wrapped(item))}"
+
+
+def _bare(item):
+    """Without the checks that jaxtyping has put around it, where they are switched on: they change no result."""
+    while (isinstance(item, types.FunctionType) and isinstance(item, Wrapper)
+           and item.__globals__.get("__name__", "").startswith("jaxtyping.")):
+        item = item.__wrapped__
+    return item
 
 
 def _wrapped(item):

@@ -8,7 +8,6 @@ import contextlib
 import functools
 import inspect
 import itertools
-import math
 import numbers
 import threading
 from collections.abc import Iterator, Sequence
@@ -146,7 +145,7 @@ def _number(name, value, i, reply, skip_nan):
         return np.nan
     if isinstance(value, numbers.Real) and abs(value) <= _LARGEST:     # no NaN either
         return float(value)
-    missing = isinstance(value, numbers.Real) and math.isnan(value)
+    missing = isinstance(value, numbers.Real) and value != value        # NaN; an integer may be too large for a float
     if missing and skip_nan:
         return np.nan
     raise ValueError(f"reward function {name!r} returned {_cut(value)} for {_sample(i, reply)}; a reward is a finite "

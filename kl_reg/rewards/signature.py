@@ -12,7 +12,7 @@ _ANY = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def wanted(called: str, function: Callable, given: Sequence[str], columns: Sequence[str]) -> list[str]:
-    """Those names that a function takes: all of them, with **kwargs.
+    """Those names that a function takes: all of them, with **kwargs; but not what a partial has bound.
 
     A decorated function is called with what its wrapper takes, not with what the function inside does; a wrapper that
     names no parameter, as `wrapper(*args, **kwargs)`, hands them on, so it takes what the function inside takes.
@@ -38,7 +38,8 @@ def wanted(called: str, function: Callable, given: Sequence[str], columns: Seque
         raise ValueError(f"{called}{whose} requires {', '.join(map(repr, missing))}; given by name are {always} and "
                          f"the columns of the prompts (here: {', '.join(columns) or 'none'})")
     anything = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    return [name for name in given if anything or name in named]
+    bound = function.keywords if isinstance(function, functools.partial) else {}
+    return [name for name in given if (anything or name in named) and name not in bound]
 
 
 def speaking(function: Callable) -> Callable:

@@ -2,10 +2,20 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import numbers
+import sys
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
+
+
+@runtime_checkable
+class Scalar(Protocol):
+    """An array of any library, which may hold one number."""
+
+    ndim: int
+
+    def item(self):
+        """The number."""
 
 
 class TrainerState(NamedTuple):
@@ -33,7 +43,7 @@ class Trainer:
         """By name, as a reward function takes them."""
         return {"trainer_state": self.state, "log_metric": self.log_metric, "log_extra": self.log_extra}
 
-    def log_metric(self, name: str, value: float) -> None:
+    def log_metric(self, name: str, value) -> None:
         """Logs a number; the metric is the mean over all calls about a batch.
 
         Raises:
@@ -56,6 +66,6 @@ class Trainer:
 
 def _finite(value):
     """A number of Python, NumPy, JAX or torch as a float; None: it is no finite number."""
-    if not isinstance(value, (numbers.Real, str, bytes)) and value is not None and getattr(value, "ndim", None) == 0:
+    if isinstance(value, Scalar) and value.ndim == 0:
         value = value.item()
-    return float(value) if isinstance(value, numbers.Real) and math.isfinite(value) else None
+    return float(value) if isinstance(value, numbers.Real) and abs(value) <= sys.float_info.max else None
