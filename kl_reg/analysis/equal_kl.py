@@ -86,14 +86,14 @@ def _entry(setting, base_return, evaluations):
         kl, reward = (_over_episodes(setting, key) for key in ("kl/nats_per_episode", "return"))
         evaluation = evaluations[setting.members[0]["member"]]
         judged = ~np.isnan(evaluation["returns"])
-        spent = evaluation["kl"][judged].sum(1, dtype=np.float64)
-        gained = evaluation["returns"][judged] - base_return
+        spent = np.where(judged, evaluation["kl"].sum(1, dtype=np.float64), 0.0)
+        gained = np.where(judged, evaluation["returns"] - base_return, 0.0)
     ratio = rates({"": (gained, spent)}) if kl.value > _NO_KL else {"": None, "_se": None}
     return Entry(setting, reward, kl, (stats.number(ratio[""]), stats.number(ratio["_se"])), seeds)
 
 
 def _over_episodes(setting, key):
-    columns = zip(*((final[key], stats.number(final[f"{key}_se"]), final["episodes"])
+    columns = zip(*((stats.number(final[key]), stats.number(final[f"{key}_se"]), final["episodes"])
                     for final in (member["final"] for member in setting.members)), strict=True)
     return stats.mean_over_episodes(*columns)
 

@@ -47,6 +47,17 @@ def test_two_that_aim_at_a_target_and_miss_it_are_shown_unranked():
     assert names(block.off) == ["pi to 10 nats", "budget 10"]
 
 
+def test_gain_per_nat_is_of_the_episodes_that_were_judged():
+    rows = [row(0, 0.1, None, 0, 1.5, 9.5, **CONTROLLED), row(1, 0.0, 10.0, 0, 2.5, 10.0, **FREE)]
+    evaluation = {"returns": np.array([3.0, np.nan, 7.0]), "kl": np.array([[1.0, 1.0], [50.0, 50.0], [0.0, 2.0]])}
+    (block,) = found(rows, {0: evaluation, 1: evaluation})
+    assert [entry.per_nat[0] for entry in block.ranked] == [(2 + 6) / 4] * 2
+    rows[0]["final"]["return"] = rows[0]["final"]["return_se"] = None
+    (block,) = found(rows, {0: {**evaluation, "returns": np.full(3, np.nan)}, 1: evaluation})
+    assert {entry.setting.members[0]["member"]: np.isnan(entry.per_nat[0]) for entry in block.ranked} == {
+        0: True, 1: False}
+
+
 @pytest.mark.parametrize("change", [{"sampling.temperature": 0.5}, {"sampling.top_p": 0.9}, {"reference.name": "ema"}])
 def test_kl_that_is_measured_otherwise_is_not_compared(change):
     plain = {key: configs.flat(configs.default())[key] for key in change}
