@@ -51,7 +51,7 @@ def every_run(base: dict, settings: Sequence[Setting]) -> str:
     for s in settings:
         bests = [m["best"] for m in s.members]
         rows = [[escaped(m["member"]), *(_hyper(m["hyper"][key]) for key in keys), *_measures([m], asks),
-                 f"{best['iteration']}: {stats.show(stats.number(best['return']), 0)}, "
+                 f"{best['iteration']}: {stats.show(stats.number(best['return']), 0.0)}, "
                  f"{best['kl/nats_per_episode']:.2f}"]
                 for m, best in zip(s.members, bests, strict=True)]
         if len(rows) > 1:

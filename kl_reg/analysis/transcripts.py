@@ -75,7 +75,7 @@ def episodes(evaluation: dict[str, np.ndarray], pieces_of, indices: Sequence[int
     for e in indices:
         roles, kl = evaluation["roles"][e], evaluation["kl"][e]
         pieces = pieces_of(evaluation["tokens"][e][roles != PAD].tolist())
-        parts.append(f'<article><h4>Episode {e} <span>return {show(evaluation["returns"][e], 0)} · '
+        parts.append(f'<article><h4>Episode {e} <span>return {show(float(evaluation["returns"][e]), 0.0)} · '
                      f'{kl[roles == AGENT].sum():.2f} nats</span></h4>'
                      f'{episode(pieces, roles, evaluation["turns"][e], kl, start, ceiling)}</article>')
     return f'<div class="episodes">{"".join(parts)}</div>'
@@ -93,7 +93,7 @@ def folded(shown: Sequence[tuple[str, dict, dict[str, np.ndarray]]], pieces_of, 
     indices = range(min(count, *(len(evaluation["returns"]) for _, _, evaluation in shown)))
     ceiling = highest([evaluation for _, _, evaluation in shown], indices)
     parts = [f"<details{' open' * (i in (0, opened))}><summary>{html.escape(name)} <small>"
-             f"return {show(number(final['return']), 0)}, {final['kl/nats_per_episode']:.2f} nats per episode</small>"
+             f"return {show(number(final['return']), 0.0)}, {final['kl/nats_per_episode']:.2f} nats per episode</small>"
              "</summary>"
              f"{episodes(evaluation, pieces_of, indices, ceiling)}</details>"
              for i, (name, final, evaluation) in enumerate(shown)]
