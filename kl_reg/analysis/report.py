@@ -144,9 +144,9 @@ def _silence(sweep, silent, positions, folder):
         return ""
     best = silent[0].setting
     member = best.members[0]
-    shown = [(f"base, evaluation episode 0: return {sweep.evaluations['base']['returns'][0]:.2f}", "base"),
-             (f"{best.label}, seed {member['hyper']['seed']}, episode 0: return "
-              f"{sweep.evaluations[member['member']]['returns'][0]:.2f}", member["member"])]
+    shown = [(f"base, evaluation episode 0: return {_first(sweep, 'base')}", "base"),
+             (f"{best.label}, seed {member['hyper']['seed']}, episode 0: return {_first(sweep, member['member'])}",
+              member["member"])]
     texts = [(title, silence.lines(sweep.evaluations[key], _pieces(sweep))) for title, key in shown]
     costs = {number: part.per_turn for number, part in positions.items()}
     return _section("Silence", "A simple behaviour is paid for once and repeated almost for free: empty turns in "
@@ -156,15 +156,20 @@ def _silence(sweep, silent, positions, folder):
                            "Silence, turn by turn"))
 
 
+def _first(sweep, member):
+    """The return of a member's first evaluation episode, a dash where it was not judged."""
+    return stats.show(float(sweep.evaluations[member]["returns"][0]), 0.0)
+
+
 def _glance(sweep, points, parts, silent):
     """Computed facts: what was gained at what cost, when it was paid, and what it did to both speakers."""
     base = sweep.base["final"]
-    best = max(points, key=lambda p: p.reward)
+    best = points[_highest(points)]
     early = [(stats.share_spent_early(part.cumulative), p.setting.label) for p, part in zip(points, parts, strict=True)]
     early = sorted(pair for pair in early if np.isfinite(pair[0]))
     before = stats.show(stats.number(base["return"]), stats.number(base["return_se"]))
     facts = [escaped(silence.sentence(one, sweep.base)) for one in silent]
-    facts += [f"Return: base {before} → <b>{best.reward:.2f}</b> at "
+    facts += [f"Return: base {before} → <b>{stats.show(float(best.reward), 0.0)}</b> at "
              f"<b>{escaped(best.setting.label)}</b>, for {best.kl:.2f} nats per episode."]
     if early:
         facts.append(f"Paid early: the first quarter of an episode's positions carries <b>{early[0][0]:.0%}</b> "
@@ -185,7 +190,12 @@ def _transcripts(sweep, points):
                                         p.setting.members[0]) for p in points]
     shown = [(name, row["final"], sweep.evaluations[row["member"]]) for name, row in rows]
     return transcripts.folded(shown, _pieces(sweep), SHOWN_EPISODES,
-                              opened=1 + int(np.argmax([p.reward for p in points])))
+                              opened=1 + _highest(points))
+
+
+def _highest(points):
+    """Which point has the highest return; one without a judged episode has none."""
+    return int(np.argmax([-np.inf if np.isnan(p.reward) else p.reward for p in points]))
 
 
 def _pieces(sweep):
