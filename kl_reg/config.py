@@ -92,8 +92,8 @@ def default() -> ConfigDict:
     config.optim.max_grad_norm = 1.0      # gradients of a larger norm are scaled down to it; None: none are
 
     config.evaluation = ConfigDict()
-    config.evaluation.episodes = 256
-    config.evaluation.seed = 1_000_003    # the same for all members
+    config.evaluation.episodes = 256      # of each member; the base has as many for each seed of the sweep
+    config.evaluation.seed = 1_000_003    # with a member's seed, decides its random numbers: settings share them
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every = 10          # iterations

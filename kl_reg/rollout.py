@@ -72,6 +72,12 @@ def member_keys(seed: Int[Array, " m"], iteration: Int[Array, " m"]) -> Array:
     return jax.vmap(lambda s, i: jax.random.fold_in(jax.random.key(s), i))(seed, iteration)
 
 
+def evaluation_keys(evaluation: Int[Array, " m"], seed: Int[Array, " m"]) -> Array:
+    """One key a member, from `evaluation.seed` and the member's seed alone: members with one seed share it. It is none
+    of `member_keys`, also where the evaluation's seed is a member's."""
+    return jax.vmap(jax.random.fold_in, (0, None))(member_keys(evaluation, seed), 2**31 - 2)
+
+
 class Fixed(NamedTuple):
     """What stays as it is along the episodes: policies and their references' memory [m, ...], and of every episode
     [m, b] its hard limits, its key and the first slot that is no padding."""

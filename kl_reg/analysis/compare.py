@@ -9,8 +9,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
-from kl_reg import metrics, rollout, runs
+from kl_reg import metrics, runs
 from kl_reg.analysis import sides
 from kl_reg.analysis.divergence import Writer, meanings, measure, summarise
 from kl_reg.analysis.settings import Setting, settings
@@ -149,7 +150,8 @@ def _row(pair, match, transcript, seed, speaker, functions):
     if both not in functions:
         functions[both] = jax.jit(partial(measure, programs))
     writers = tuple(writer_of(team, i) for team, (_, i) in zip(teams, places, strict=True))
-    numbers = batched(partial(functions[both], writers), transcript, seed)
+    key = sides.keys_of(teams[speaker], seed)[places[speaker][1]]       # which has drawn the transcripts
+    numbers = batched(partial(functions[both], writers), transcript, key)
     behind = transcript.tokens.shape[1] - env.length
     return {name: _policy(side, number) for name, side, number in zip("ab", pair, match, strict=True)} | summarise(
         numbers, transcript.roles[:, behind:], transcript.turns[:, behind:])
@@ -184,11 +186,14 @@ def writer_of(team: sides.Team, i: int) -> Writer:
     return Writer(params, memory, team.frozen, scoring.caps_of(hyper))
 
 
-def batched(function: Callable, transcript: Transcript, seed: int) -> np.ndarray:
-    """function(transcript, keys) on batches of one size, the last one filled up with the first episodes."""
+def batched(function: Callable, transcript: Transcript, key: Array) -> np.ndarray:
+    """function(transcript, keys) on batches of one size, the last one filled up with the first episodes.
+
+    Args:
+        key: of the member that has drawn the episodes (`sides.keys_of`).
+    """
     count = len(transcript.start)
     size = min(count, _BATCH)
-    key = rollout.member_keys(jnp.array([seed]), jnp.zeros(1, jnp.int32))[0]
     parts = []
     for first in range(0, count, size):
         index = np.arange(first, first + size) % count

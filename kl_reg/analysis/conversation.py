@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
 from kl_reg import rollout
-from kl_reg.analysis.sides import Team
+from kl_reg.analysis.sides import Team, keys_of
 from kl_reg.envs.environment import Environment
 from kl_reg.models import embeddings, tokenizer
 from kl_reg.training import scoring
@@ -70,8 +70,7 @@ def compile_policy(team: Team, shown: Callable) -> Policy:
     following = jax.jit(partial(_following, program, shown), donate_argnums=1)
 
     def keys(seed, attempt):
-        member = rollout.member_keys(jnp.array([seed]), jnp.zeros(1, jnp.int32))
-        return rollout.episode_keys(member, jnp.array([attempt]), 1)
+        return rollout.episode_keys(keys_of(team, seed), jnp.array([attempt]), 1)
 
     def begin(seed):
         fixed, openings, carry = start(team.params, team.memory, frozen, scoring.caps_of(team.hyper), keys(seed, 0))

@@ -68,14 +68,16 @@ def measure(name: str, episodes: int, seed: int | None = None, least: float = 10
     with metrics.progress_bar("optimal", 1 + len(teams) + sum(len(team.numbers) for team in teams)) as bar:
         for team in (base.teams[0], *teams):
             # Each with keys of its own: policies near each other would say the same, and count as many samples.
-            parts += _speak(team, reward, episodes, range(seed + len(parts), seed + len(parts) + len(team.numbers)))
+            first = seed + len(parts)
+            parts += _speak(team, reward, episodes, [(first + i) % 2**31 for i in range(len(team.numbers))])
             bar.step()
+        key = sides.keys_of(base.teams[0], seed)[0]         # nothing is drawn any more
         under = [np.concatenate([part.log_base for part in parts])]
         for team in teams:
             read = jax.jit(partial(log_prob, team.program))
             for i in range(len(team.numbers)):
                 function = partial(read, compare.writer_of(team, i))
-                under.append(np.concatenate([np.float64(compare.batched(function, part.episodes.transcript, seed))
+                under.append(np.concatenate([np.float64(compare.batched(function, part.episodes.transcript, key))
                                              for part in parts]))
                 bar.step()
     return {"run": name, "iteration": side.iteration, "episodes": episodes, "seed": seed, "least": least,
@@ -104,7 +106,7 @@ def _model(path):
 
 def _speak(team: sides.Team, reward: Reward, count, seeds):
     """What each policy of a team says."""
-    whole, out = sides.sample(team, count, list(seeds)), []
+    whole, out = sides.sample(team, count, seeds), []
     for i in range(len(team.numbers)):
         own = jax.tree.map(lambda x, i=i: x[i], whole)
         roles = own.transcript.roles

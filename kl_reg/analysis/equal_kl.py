@@ -19,7 +19,7 @@ _NO_KL = 1e-3        # nats per episode: too few to divide by
 class Entry(NamedTuple):
     """A setting at its final evaluation: means over seeds, with errors over them or, of one seed, over its episodes.
 
-    `per_nat`: (return - base's return) / KL and its standard error, the base's own left out: all share it.
+    `per_nat`: (return - the base's return on the same random numbers) / KL and its standard error.
     """
 
     setting: Setting
@@ -27,6 +27,7 @@ class Entry(NamedTuple):
     kl: stats.Mean              # nats per episode
     per_nat: tuple[float, float]
     seeds: np.ndarray           # [n, 2] (kl, reward) of each seed
+    returns: dict[int, np.ndarray]      # by seed, of its evaluation's episodes
 
 
 class Block(NamedTuple):
@@ -40,20 +41,21 @@ class Block(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """Of two entries of a block; `over` is what the standard error is over: "seeds" or "episodes"."""
+    """Of two entries of a block; `over` is what the standard error is over: "pairs of seeds", "seeds" or "episodes"."""
 
     reward: stats.Difference
     over: str
 
 
-def blocks(settings: Sequence[Setting], base_return: float, evaluations: Mapping[int | str, Mapping]) -> list[Block]:
+def blocks(settings: Sequence[Setting], base: Mapping[int, np.ndarray], evaluations: Mapping[int | str, Mapping]
+           ) -> list[Block]:
     """A block for each target that two settings aim at or lie at, by target.
 
     Args:
-        base_return: of the base's final evaluation.
+        base: the base's returns [e] on the random numbers of each seed.
         evaluations: `returns` [e] and `kl` [e, s] of each member.
     """
-    entries = [_entry(setting, base_return, evaluations) for setting in settings]
+    entries = [_entry(setting, base, evaluations) for setting in settings]
     found = []
     for measured in dict.fromkeys(s.measured for s in settings):
         own = [entry for entry in entries if entry.setting.measured == measured]
@@ -69,27 +71,33 @@ def blocks(settings: Sequence[Setting], base_return: float, evaluations: Mapping
 
 
 def compare(a: Entry, b: Entry) -> Comparison:
-    """a's return minus b's, over seeds where both have several, else over the episodes of the runs that exist."""
-    if min(len(a.setting.members), len(b.setting.members)) > 1:
+    """a's return minus b's, over seeds where both have several, else over the episodes of the runs that exist.
+
+    Runs of one seed are evaluated on the same random numbers. They are paired: seed by seed where both settings have
+    the same seeds, and episode by episode; else means over seeds are taken as independent.
+    """
+    if min(len(a.returns), len(b.returns)) == 1:
+        return Comparison(stats.limited(stats.paired_over_episodes(a.returns, b.returns)), "episodes")
+    if a.returns.keys() != b.returns.keys():
         return Comparison(stats.difference(a.reward, b.reward), "seeds")
-    return Comparison(stats.difference(_over_episodes(a.setting, "return"), _over_episodes(b.setting, "return")),
-                      "episodes")
+    return Comparison(stats.limited(stats.mean_over_seeds(a.seeds[:, 1] - b.seeds[:, 1])), "pairs of seeds")
 
 
-def _entry(setting, base_return, evaluations):
+def _entry(setting, base, evaluations):
     finals = [member["final"] for member in setting.members]
     seeds = np.array([[final["kl/nats_per_episode"], final["return"]] for final in finals], np.float64)
+    returns = {member["hyper"]["seed"]: evaluations[member["member"]]["returns"] for member in setting.members}
     if len(seeds) > 1:
         kl, reward = (stats.mean_over_seeds(column) for column in seeds.T)
-        spent, gained = seeds[:, 0], seeds[:, 1] - base_return
+        spent, gained = seeds[:, 0], seeds[:, 1] - [np.nanmean(base[seed], dtype=np.float64) for seed in returns]
     else:
         kl, reward = (_over_episodes(setting, key) for key in ("kl/nats_per_episode", "return"))
-        evaluation = evaluations[setting.members[0]["member"]]
-        judged = ~np.isnan(evaluation["returns"])
-        spent = np.where(judged, evaluation["kl"].sum(1, dtype=np.float64), 0.0)
-        gained = np.where(judged, evaluation["returns"] - base_return, 0.0)
+        (seed, own), kls = *returns.items(), evaluations[setting.members[0]["member"]]["kl"]
+        gained = np.float64(own) - base[seed]
+        judged = ~np.isnan(gained)
+        spent, gained = np.where(judged, kls.sum(1, dtype=np.float64), 0.0), np.where(judged, gained, 0.0)
     ratio = rates({"": (gained, spent)}) if kl.value > _NO_KL else {"": None, "_se": None}
-    return Entry(setting, reward, kl, (stats.number(ratio[""]), stats.number(ratio["_se"])), seeds)
+    return Entry(setting, reward, kl, (stats.number(ratio[""]), stats.number(ratio["_se"])), seeds, returns)
 
 
 def _over_episodes(setting, key):

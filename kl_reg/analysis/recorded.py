@@ -8,6 +8,8 @@ import numpy as np
 from kl_reg.envs.environment import Reply
 from kl_reg.types import AGENT, OPENING, STUDENT, Episodes
 
+_COUNTS = ("tokens", "val/num_eos_tokens", "episodes")
+
 
 def means(columns: Mapping[str, np.ndarray]) -> dict[str, float | None]:
     """Means over episodes and, as `<name>_se`, their standard errors s / sqrt(b), s over b - 1; None of one episode.
@@ -54,6 +56,25 @@ def _row(names, values, errors, known):
     for name, value, error, here in zip(names, values.tolist(), errors.tolist(), known.tolist(), strict=True):
         out[name] = value if here else None
         out[f"{name}_se"] = error if here and np.isfinite(error) else None
+    return out
+
+
+def pooled(rows: Sequence[Mapping]) -> dict[str, float | None]:
+    """Metrics of one policy over several independent batches of one size, from those of each batch.
+
+    A metric is the mean over the batches that have it; its standard error, the root of the sum of the batches' squared
+    errors over their number, is one over all episodes. Counts are added up.
+    """
+    out = {}
+    for name in dict.fromkeys(name for row in rows for name in row):        # what a reward logs need not be in all
+        known = [row[name] for row in rows if name in row and row[name] is not None]
+        if name in _COUNTS:
+            out[name] = sum(known)
+        elif name.endswith("_se"):
+            there = sum(row[name.removesuffix("_se")] is not None for row in rows if name in row)
+            out[name] = sum(error**2 for error in known) ** 0.5 / there if 0 < there == len(known) else None
+        else:
+            out[name] = sum(known) / len(known) if known else None
     return out
 
 

@@ -77,7 +77,11 @@ def _image(path, alt):
 
 
 def _headline(sweep):
-    config, rows, episodes = sweep.config, sweep.settings, sweep.base["final"]["episodes"]
+    config, rows, episodes = sweep.config, sweep.settings, sweep.settings[0].members[0]["final"]["episodes"]
+    notes = warnings(rows)
+    if not sweep.independent and len(sweep.base_returns()) > 1:
+        notes.append("all seeds were evaluated on the same random numbers, as in earlier versions: errors over seeds "
+                     "leave that part out; the same command evaluates the run anew")
     seeds, iterations = ("–".join(str(n) for n in sorted(set(map(len, lists))))
                          for lists in ([s.members for s in rows], sweep.curves.values()))
     terms = " or ".join(f"<b>{escaped(x)}</b>" for x in dict.fromkeys(s.penalty for s in rows if s.penalty)) or "none"
@@ -85,8 +89,9 @@ def _headline(sweep):
             f"{_count(len(rows), 'setting')} × {_count(seeds, 'seed')}, after {iterations} iterations; "
             f"model <b>{escaped(config.model.path)}</b>, environment <b>{escaped(config.env.name)}</b>, reward "
             f"<b>{escaped(config.reward.name)}</b>, KL term: {terms}.<br>{_measured(sweep)}<br>Evaluated on {episodes} "
-            f"episodes a run; configuration <code>{escaped(sweep.fingerprint)}</code>.</p>"
-            + "".join(f"<p class=warning>{escaped(line)}</p>" for line in warnings(rows)) + "</header>")
+            "episodes a run, the base on as many for each seed; configuration "
+            f"<code>{escaped(sweep.fingerprint)}</code>.</p>"
+            + "".join(f"<p class=warning>{escaped(line)}</p>" for line in notes) + "</header>")
 
 
 def _measured(sweep):
@@ -105,7 +110,7 @@ def _count(n, noun):
 
 def _equal_kl(sweep, folder):
     """Only where two settings share a target."""
-    found = equal_kl.blocks(sweep.settings, stats.number(sweep.base["final"]["return"]), sweep.evaluations)
+    found = equal_kl.blocks(sweep.settings, sweep.base_returns(), sweep.evaluations)
     if not found:
         return ""
     drawn = [block for block in found if len(block.ranked) > 1]
@@ -113,10 +118,11 @@ def _equal_kl(sweep, folder):
                    "Reward at equal KL") if drawn else ""
     lead = (f"Settings whose KL lies within {equal_kl.TOLERANCE * 100:g} % of the same target, by return; the others "
             "that aim at it, or at none, below. ± 1 standard error, over seeds or, of one seed, over its episodes; "
-            "small dots: seeds. Gain per nat: return minus the base's, over KL. Neighbours are compared with unequal "
-            "variances (Welch), runs taken as independent, each pair on its own: 19 times in 20 the difference of "
-            "equal settings is within the limit. An error over episodes says nothing of other seeds. The KLs differ by "
-            "the last column.")
+            "small dots: seeds. Gain per nat: return minus the base's on the same random numbers, over KL. Runs of one "
+            "seed are evaluated on the same random numbers, so neighbours are compared in pairs, seed by seed or, of "
+            "one seed, episode by episode; settings with different seeds as independent ones (Welch). 19 times in 20 "
+            "the difference of equal settings is within the limit. An error over episodes says nothing of other seeds. "
+            "The KLs differ by the last column.")
     return _section("Reward at equal KL", lead, image + "".join(map(tables.equal, found)))
 
 

@@ -18,6 +18,9 @@ FINAL = ("return", "return_se", "kl/nats_per_episode", "kl/nats_per_episode_se",
          "replies", "replies_se", "episodes")
 CURVE = ("iteration", *(key for key, _ in CURVES))
 ARRAYS = ("tokens", "roles", "turns", "kl", "returns")
+SEEDS = "seeds"
+"""The array of evaluation.npz that says whose random numbers each episode was drawn with; earlier versions, in which
+all members had the same, did not write it."""
 
 
 class Sweep(NamedTuple):
@@ -32,6 +35,16 @@ class Sweep(NamedTuple):
     evaluations: dict[int | str, dict[str, np.ndarray]]
     human: tuple[int, int] | None       # empty turns among the held-out human turns
     folder: pathlib.Path                # of the model, for its tokenizer
+
+    @property
+    def independent(self) -> bool:
+        """True if different seeds were evaluated on different random numbers."""
+        return SEEDS in self.evaluations["base"]
+
+    def base_returns(self) -> dict[int, np.ndarray]:
+        """The base's returns [e] on the random numbers of each member's seed."""
+        base, seeds = self.evaluations["base"], {m["hyper"]["seed"] for s in self.settings for m in s.members}
+        return {seed: base["returns"][base[SEEDS] == seed] if self.independent else base["returns"] for seed in seeds}
 
 
 def read(workdir: pathlib.Path) -> Sweep:
@@ -122,7 +135,7 @@ def _lines(file):
 def _arrays(file):
     with np.load(_present(file)) as stored:
         _need(file, dict.fromkeys(stored.files), ARRAYS)
-        arrays = {key: stored[key] for key in ARRAYS}
+        arrays = {key: stored[key] for key in (*ARRAYS, SEEDS) if key in stored.files}
     shape = arrays["tokens"].shape
     if any(arrays[key].shape != shape for key in ("roles", "turns", "kl")) or arrays["returns"].shape != shape[:1]:
         raise ValueError(f"{file}: expected tokens, roles, turns and kl of one shape [episodes, slots] and returns "

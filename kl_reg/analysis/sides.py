@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
@@ -24,10 +25,11 @@ from kl_reg.types import Episodes, Frozen, Hyper
 
 
 class Team(NamedTuple):
-    """The policies of one program. `numbers` are the members', from 0 for a model; the last three have a
-    member axis."""
+    """The policies of one program. `numbers` are the members', from 0 for a model, and `seeds` their seeds, 0 for a
+    model; the last three have a member axis."""
 
     numbers: list[int]
+    seeds: list[int]
     program: programs.Program
     sample: Callable               # as `program.Compiled.sample`
     frozen: Frozen
@@ -139,8 +141,8 @@ def _open_run(name, address, config, model, openings, batch):
         if "references" in stored and list(group.digests) != stored["references"][str(numbers[group.members[0]])]:
             raise ValueError(f"{name}: what is in reference.paths={config.reference.paths} now was not in training")
         program = group.program._replace(episodes=batch)
-        teams.append(Team([numbers[i] for i in group.members], program, programs.compile_program(program).sample,
-                          group.frozen, group.hyper, None, None))
+        teams.append(Team([numbers[i] for i in group.members], np.asarray(group.seeds).tolist(), program,
+                          programs.compile_program(program).sample, group.frozen, group.hyper, None, None))
     return Side(name, "run", address, model, config, teams, None)
 
 
@@ -198,7 +200,7 @@ def _open_model(name, model, run, openings, batch, changes):
         plain = start._replace(policy=agent, constrained=False, spend="neuron", episodes=batch,
                                reference=reference.build(ConfigDict({"name": "base"}), agent, start.sampling, None))
         frozen = Frozen(base.params, student=student)
-        teams.append(Team([len(teams)], plain, programs.compile_program(plain).sample, frozen, hyper, params, ()))
+        teams.append(Team([len(teams)], [0], plain, programs.compile_program(plain).sample, frozen, hyper, params, ()))
     return Side(name, "base" if name == "base" else "model", None, model, config, teams, None)
 
 
@@ -254,13 +256,21 @@ def sample(team: Team, count: int, seed: int | Sequence[int]) -> Episodes:
     Args:
         seed: of all members, or one each.
     """
-    members, parts = len(team.numbers), []
-    keys = rollout.member_keys(jnp.broadcast_to(jnp.asarray(seed), members), jnp.zeros(members, jnp.int32))
+    members, keys, parts = len(team.numbers), keys_of(team, seed), []
     for first in range(0, count, team.program.episodes):
         episodes = team.sample(team.params, team.memory, team.hyper, team.frozen, keys,
                                jnp.full(members, first, jnp.int32))
         parts.append(jax.device_get(episodes._replace(features=(), reference=(), kept=None)))
     return jax.tree.map(lambda *x: np.concatenate(x, axis=1)[:, :count], *parts)
+
+
+def keys_of(team: Team, seed: int | Sequence[int]) -> Array:
+    """One key a member, as its run's evaluation has it where `seed` is `evaluation.seed`.
+
+    Args:
+        seed: of all members, or one each.
+    """
+    return rollout.evaluation_keys(jnp.broadcast_to(jnp.asarray(seed), len(team.seeds)), jnp.array(team.seeds))
 
 
 def load(side: Side, iteration: int | None) -> Side:

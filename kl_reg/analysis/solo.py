@@ -82,7 +82,7 @@ def _alone(side: Side, number: int) -> Team:
     place, i = side.place(number)
     team = side.teams[place]
     hyper, params, memory = jax.tree.map(lambda x: x[i:i + 1], (team.hyper, team.params, team.memory))
-    return team._replace(numbers=[number], hyper=hyper, params=params, memory=memory)
+    return team._replace(numbers=[number], seeds=[team.seeds[i]], hyper=hyper, params=params, memory=memory)
 
 
 def _title(side):

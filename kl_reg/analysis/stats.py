@@ -1,7 +1,7 @@
 """Means with their errors and their differences, and where in the episode KL is spent."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -72,6 +72,26 @@ def mean_over_episodes(values: Sequence[float], errors: Sequence[float], episode
                                               for error, count in zip(errors, episodes, strict=True)))
 
 
+def paired_over_episodes(a: Mapping[int, np.ndarray], b: Mapping[int, np.ndarray]) -> Mean:
+    """The mean over a's runs minus that over b's, its error that over episodes: it says nothing of other seeds.
+
+    Episodes of one seed and one index were drawn with the same key, so that they are subtracted before their spread is
+    taken; different seeds are independent.
+
+    Args:
+        a, b: one value an episode of each run, by seed.
+    """
+    parts = []
+    for seed in {**a, **b}:
+        columns = [sign * np.asarray(side[seed], np.float64) / len(side)
+                   for sign, side in ((1, a), (-1, b)) if seed in side]
+        column = sum(columns)
+        column = column[np.isfinite(column)]                    # of episodes that were judged
+        parts.append((column, len(column)))
+    value = sum(float(mean_and_error(column)[0]) for column, _ in parts)
+    return Mean(value, tuple((float(mean_and_error(column)[1]) ** 2, count - 1) for column, count in parts))
+
+
 class Difference(NamedTuple):
     """Between two means; `limit` is how large it is at most, at the level, where there is none. NaN: not known."""
 
@@ -81,17 +101,22 @@ class Difference(NamedTuple):
 
 
 def difference(a: Mean, b: Mean, level: float = 0.95) -> Difference:
-    """a - b with unequal variances, the two independent; `limit` is Student's quantile times the standard error.
+    """a - b with unequal variances, the two independent; see `limited`."""
+    return limited(Mean(a.value - b.value, a.parts + b.parts), level)
+
+
+def limited(mean: Mean, level: float = 0.95) -> Difference:
+    """A difference that was estimated as one mean; `limit` is Student's quantile times the standard error.
 
     Source: Welch (1947), "The generalization of 'Student's' problem"; degrees of freedom (sum v)^2 / sum(v^2 / n).
     """
-    variances, freedoms = np.array(a.parts + b.parts, np.float64).T
+    variances, freedoms = np.array(mean.parts, np.float64).T
     total = variances.sum()
     error = float(np.sqrt(total)) if total > 0 else float("nan")
     if not error > 0:
-        return Difference(a.value - b.value, error, error)
+        return Difference(mean.value, error, error)
     freedom = total**2 / (variances**2 / np.maximum(freedoms, 1)).sum()
-    return Difference(a.value - b.value, error, float(stdtrit(freedom, 0.5 + level / 2)) * error)
+    return Difference(mean.value, error, float(stdtrit(freedom, 0.5 + level / 2)) * error)
 
 
 def binomial(events: int, n: int) -> tuple[float, float]:

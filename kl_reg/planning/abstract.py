@@ -37,12 +37,13 @@ class Stream(NamedTuple):
 class Abstract(NamedTuple):
     """One program of a sweep; all arrays are `jax.ShapeDtypeStruct`, with the member axis that training gives them.
 
-    `members` are their numbers in the sweep; `shapes` the base model's; `flops` the operations of rollout and update,
-    of all devices together; `guessed`: the tokens that openings have where there is no tokenizer to count them,
-    `env.opening_tokens`; else 0.
+    `members` are their numbers in the sweep, and `seeds` how many different seeds they have; `shapes` the base model's;
+    `flops` the operations of rollout and update, of all devices together; `guessed`: the tokens that openings have
+    where there is no tokenizer to count them, `env.opening_tokens`; else 0.
     """
 
     members: list[int]
+    seeds: int
     config: ConfigDict
     program: program.Program
     shapes: decoder.DecoderConfig
@@ -109,8 +110,8 @@ def _abstract(group, guessed) -> Abstract:
     hyper = jax.tree.map(lambda x: jax.ShapeDtypeStruct((len(group),), x.dtype), hypers[0])
     state = jax.eval_shape(program.compile_program(built).init, base.params, _integers(len(seeds)), hyper)
     frozen = Frozen(base.params, reference, student.params if student else ())
-    return Abstract(numbers, config, built, base.config, frozen, hyper, state, *_traced(built, state, hyper, frozen),
-                    guessed["tokens"] if guessed else 0)
+    return Abstract(numbers, len(set(seeds)), config, built, base.config, frozen, hyper, state,
+                    *_traced(built, state, hyper, frozen), guessed["tokens"] if guessed else 0)
 
 
 def _weights(path, dtype="float32", quantized="") -> weights.Model:

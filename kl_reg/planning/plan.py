@@ -122,8 +122,9 @@ def _stage(own, stage, resident, beside, topology, mesh) -> StagePlan:
 
 def _program(own, resident, stages) -> ProgramPlan:
     rl, episodes = own.config.rl, own.config.evaluation.episodes
-    parts = math.ceil(episodes / rl.episodes) + math.ceil(episodes / rl.episodes / len(own.members))    # and the base
-    return ProgramPlan(own.members, resident, stages, rl.iterations, parts)
+    each = math.ceil(episodes / rl.episodes)
+    base = math.ceil(own.seeds * each / len(own.members))       # on every seed's keys; each member draws a batch of it
+    return ProgramPlan(own.members, resident, stages, rl.iterations, each + base)
 
 
 def excess(plan: Plan) -> float:

@@ -5,16 +5,21 @@ import json
 import pathlib
 import shutil
 
+import numpy as np
+
 from kl_reg import checkpoint, runs
 from kl_reg.analysis import report
+from kl_reg.analysis.recorded import pooled
 from kl_reg.sweeps import plan
+from kl_reg.training.evaluate import seeds_of
 from kl_reg.training.sweep import hyper_of
 
 
 def gather(workdir: pathlib.Path) -> pathlib.Path:
     """Writes config.json, members/<k>/, summary.json and the report of all programs that are done; the report's path.
 
-    Checkpoints stay with the programs. The base's row is that of the first one.
+    Checkpoints stay with the programs. The base's row is over the evaluations of all seeds, each that of the first
+    program that has the seed.
 
     Raises:
         FileNotFoundError: no program is done.
@@ -26,17 +31,37 @@ def gather(workdir: pathlib.Path) -> pathlib.Path:
         if not done:
             raise FileNotFoundError(f"{workdir}: no program of the sweep has ended")
         plan.write_json(sweep.workdir / "config.json", _describe(sweep, done))
-        shutil.copytree(sweep.folder(done[0]) / "members/base", sweep.workdir / "members/base", dirs_exist_ok=True)
-        hypers, rows = hyper_of(sweep.config), {}
-        for number in done:
-            base, *own = json.loads((sweep.folder(number) / "summary.json").read_text(encoding="utf-8"))
-            rows.setdefault(-1, base)
+        summaries = {number: json.loads((sweep.folder(number) / "summary.json").read_text(encoding="utf-8"))
+                     for number in done}
+        hypers, rows = hyper_of(sweep.config), {-1: _base(sweep, {number: own[0] for number, own in summaries.items()})}
+        for number, (_, *own) in summaries.items():
             for row, member in zip(own, sweep.programs[number], strict=True):
                 shutil.copytree(sweep.folder(number) / f"members/{row['member']}", sweep.workdir / f"members/{member}",
                                 dirs_exist_ok=True)
                 rows[member] = row | {"member": member, "hyper": hypers[member]}
         plan.write_json(sweep.workdir / "summary.json", [rows[member] for member in sorted(rows)])
         return report.write_report(sweep.workdir)
+
+
+def _base(sweep, rows):
+    """The base's row from those of the programs, by their number; writes its evaluation.npz."""
+    programs = {}
+    for number, row in rows.items():
+        if "by_seed" not in row:
+            raise ValueError(f"{sweep.folder(number)}: an earlier version evaluated it, on the same random numbers for "
+                             "all seeds; remove its summary.json and run the program again, which evaluates it anew")
+        for seed in row["by_seed"]:
+            programs.setdefault(seed, number)
+    finals, parts = {}, []
+    for seed in (str(seed) for seed in seeds_of(sweep.config) if str(seed) in programs):
+        finals[seed] = rows[programs[seed]]["by_seed"][seed]
+        with np.load(sweep.folder(programs[seed]) / "members/base/evaluation.npz") as arrays:
+            parts.append({name: arrays[name][arrays["seeds"] == int(seed)] for name in arrays.files})
+    folder = sweep.workdir / "members/base"
+    folder.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(folder / "evaluation.npz", **{name: np.concatenate([part[name] for part in parts])
+                                                      for name in parts[0]})
+    return {"member": "base", "hyper": {}, "final": pooled(list(finals.values())), "by_seed": finals}
 
 
 def _describe(sweep, done):

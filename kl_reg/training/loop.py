@@ -6,7 +6,6 @@ import pathlib
 import sys
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -16,11 +15,11 @@ from ml_collections import ConfigDict
 from kl_reg import checkpoint, hosts, metrics, parallel, rewards, rollout, validation
 from kl_reg import config as configs
 from kl_reg.analysis import report, stats
-from kl_reg.analysis.recorded import ledger, objective
+from kl_reg.analysis.recorded import objective
 from kl_reg.identity import digest_of, name_of
 from kl_reg.models import end_tokens, folders, quantize, tokenizer, weights
-from kl_reg.training import sweep
-from kl_reg.training.judging import Judges, describe, judge, judge_members
+from kl_reg.training import evaluate, sweep
+from kl_reg.training.judging import Judges, describe, judge_members
 from kl_reg.types import Episodes
 
 
@@ -101,7 +100,7 @@ def train(config: ConfigDict, reward_fn: Callable | Sequence[Callable] | None = 
         rates = _iterate(config, groups, states, judges, workdir, saved, began)
     finally:
         saved.close()
-    summary = _evaluate(config, groups, states, model, judges, workdir)
+    summary = evaluate.evaluate(config, groups, states, model, judges, workdir)
     params = {number: jax.tree.map(lambda x, i=i: x[i], state.params)
               for group, state in zip(groups, states, strict=True) for i, number in enumerate(group.members)}
     return Result(summary, [params[number] for number in sorted(params)], workdir,
@@ -193,7 +192,7 @@ def _sample(group, state):
     with jax.transfer_guard("disallow"):        # what moves between host and device is said here
         episodes = group.run.draw(state.params, state.reference, group.hyper, group.frozen, keys, first,
                                     group.program.group)
-        return _Batch(episodes, parallel.readable(_recorded(episodes)))
+        return _Batch(episodes, parallel.readable(evaluate.without_features(episodes)))
 
 
 def _update(group, state, batch, judges):
@@ -226,69 +225,3 @@ def _overflow(group, i, bad, recorded, extreme):
             f"extreme token is {int(recorded.action[i, episode, position])}, in slot {slot} of episode {episode}, with "
             f"log pi - log ref = {float(extreme.log_ratio):.4g} nats (k3 and ratios are finite to 80 at least, the "
             "other estimators to 100). A smaller optim.learning_rate usually helps")
-
-
-def _evaluate(config, groups, states, model, judges, workdir):
-    """Evaluates every member and the base on the same keys; writes evaluation.npz and returns the summary's rows."""
-    hypers, rows = sweep.hyper_of(config), {}
-    count = config.evaluation.episodes
-    with metrics.progress_bar("evaluate", len(groups) + 1, shown=hosts.writes()) as bar:
-        plain = sweep.base_group(groups, config, model)
-        episodes = _sample_base(config, plain, model.params, count)
-        rows["base"] = {"member": "base", "hyper": {},
-                        "final": _final(plain, episodes, judges, workdir / "members/base")}
-        bar.step()
-        for group, state in zip(groups, states, strict=True):
-            episodes = _sample_parts(config, group, state, count)
-            for i, number in enumerate(group.members):
-                own = jax.tree.map(lambda x, i=i: x[i], episodes)
-                folder = workdir / f"members/{number}"
-                rows[number] = {"member": number, "hyper": hypers[number],
-                                "final": _final(group, own, judges, folder),
-                                "best": hosts.first(partial(metrics.best, folder / "metrics.jsonl"))}
-            bar.step()
-    return [rows[key] for key in sorted(rows, key=lambda key: -1 if key == "base" else key)]
-
-
-def _keys(config, group):
-    seeds, iteration = np.full(len(group.members), config.evaluation.seed), np.zeros(len(group.members))
-    return rollout.member_keys(*parallel.put_members((np.int32(seeds), np.int32(iteration)), group.mesh))
-
-
-def _sample_parts(config, group, state, count):
-    """`count` episodes of each member [m, count, ...], in batches of the size that training compiled."""
-    size, members = group.program.episodes, len(group.members)
-    parts = [_sample_from(config, group, state, np.full(members, first)) for first in range(0, count, size)]
-    return jax.tree.map(lambda *x: np.concatenate(x, axis=1)[:, :count], *parts)
-
-
-def _sample_base(config, group, base, count):
-    """`count` episodes of the base [count, ...]: untrained members are the base, and each samples another part."""
-    size, members = group.program.episodes, len(group.members)
-    fresh = group.run.init(base, group.seeds, group.hyper)
-    parts = [_sample_from(config, group, fresh, np.arange(first, first + members * size, size))
-             for first in range(0, count, members * size)]
-    return jax.tree.map(lambda *x: np.concatenate([part.reshape(-1, *part.shape[2:]) for part in x])[:count], *parts)
-
-
-def _sample_from(config, group, state, first):
-    """A batch of each member [m, b, ...] on the host, from these episodes on."""
-    first = parallel.put_members(np.int32(first), group.mesh)
-    return parallel.fetch(_recorded(group.run.sample(state.params, state.reference, group.hyper, group.frozen,
-                                                     _keys(config, group), first)))
-
-
-def _recorded(episodes: Episodes) -> Episodes:
-    """Without what the models read."""
-    return episodes._replace(features=(), reference=(), kept=None)
-
-
-def _final(group, episodes, judges, folder):
-    """Metrics of evaluation episodes [b, ...] of one policy; also writes them as evaluation.npz."""
-    transcript, judged = episodes.transcript, judge(group.program, judges, episodes)
-    row, returns = describe(group.program, judged, episodes), judged.credit.returns
-    if hosts.writes():
-        folder.mkdir(parents=True, exist_ok=True)
-        np.savez_compressed(folder / "evaluation.npz", tokens=transcript.tokens, roles=transcript.roles.astype(np.int8),
-                            turns=transcript.turns, openings=transcript.opening, returns=returns, **ledger(episodes))
-    return row | {"episodes": len(returns)}

@@ -168,8 +168,8 @@ def build(static: Static, model: weights.Model, start=None, loss: Callable | Non
     shapes = dataclasses.replace(model.config, cache=config.model.cache, remat=config.model.remat,
                                  attention=config.model.attention)
     named = ((envs.ENVIRONMENTS, config.env.name), (estimators.ESTIMATORS, estimators.canonical(kl.estimator)),
-             (SPENDS, kl.spend), (controllers.CONTROLLERS, kl.controller), (reference.REFERENCES, config.reference.name),
-             (policies.POLICIES, config.policy.kind))
+             (SPENDS, kl.spend), (controllers.CONTROLLERS, kl.controller),
+             (reference.REFERENCES, config.reference.name), (policies.POLICIES, config.policy.kind))
     agent = policies.build(config.policy.kind, shapes, config.policy)
     measured = reference.build(config.reference, agent, drawn, start)
     if not measured.proper:

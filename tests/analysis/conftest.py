@@ -29,7 +29,10 @@ def workdir(tmp_path, model_folder):
     for member in summary():
         folder = tmp_path / "members" / str(member["member"])
         folder.mkdir(parents=True)
-        np.savez(folder / "evaluation.npz", **arrays(model_folder, member["final"]["kl/nats_per_episode"] / 10))
+        own = arrays(model_folder, member["final"]["kl/nats_per_episode"] / 10)
+        seeds = [member["hyper"]["seed"]] if member["hyper"] else [0, 1]
+        parts = [own | {"seeds": np.full(3, seed)} for seed in seeds]
+        np.savez(folder / "evaluation.npz", **{key: np.concatenate([part[key] for part in parts]) for key in parts[0]})
         if member["member"] != "base":
             (folder / "metrics.jsonl").write_text("".join(json.dumps(
                 {"iteration": i, "return": 1.0 + i, "return_se": 0.1, "kl/nats_per_episode": 0.5 * i,

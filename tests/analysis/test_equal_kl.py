@@ -14,10 +14,11 @@ FREE = {"kl.controller": "fixed", "kl.target": 10.0}
 EPISODES = 3      # of small_sweep's `final`
 
 
-def found(rows, evaluations=None, base_return=1.0):
+def found(rows, evaluations=None, base=None):
     nothing = {"returns": np.zeros(EPISODES), "kl": np.ones((EPISODES, 4))}
     grouped = settings(rows, configs.default(), "", {m["member"]: () for m in rows})
-    return equal_kl.blocks(grouped, base_return, evaluations or {m["member"]: nothing for m in rows})
+    base = base or {m["hyper"]["seed"]: np.ones(EPISODES) for m in rows}
+    return equal_kl.blocks(grouped, base, evaluations or {m["member"]: nothing for m in rows})
 
 
 def names(entries):
@@ -87,25 +88,61 @@ def test_neighbours_with_several_seeds_are_compared_over_seeds():
     assert (block.ranked[1].kl.value, block.ranked[1].kl.error) == (10.0, pytest.approx(scipy.stats.sem([9.0, 11.0])))
 
 
-def test_one_seed_is_compared_over_episodes():
-    """`final` has a standard error of 0.1 over 3 episodes: a deviation of 0.1 sqrt(3)."""
-    (block,) = found([row(0, 0.0, 10.0, 0, 2.0, 10.0), row(1, 0.1, None, 0, 1.5, 10.0)])
-    comparison = equal_kl.compare(*block.ranked)
-    deviation = 0.1 * np.sqrt(EPISODES)
-    expected = scipy.stats.ttest_ind_from_stats(2.0, deviation, EPISODES, 1.5, deviation, EPISODES, equal_var=False)
+def test_settings_with_the_same_seeds_are_compared_in_pairs():
+    a, b = [2.0, 2.9, 1.1], [1.6, 2.8, 0.4]
+    rows = [row(i, 0.0, 10.0, seed, x, 10.0) for i, (seed, x) in enumerate(zip((7, 0, 2), a, strict=True))]
+    rows += [row(5 - i, 0.1, None, seed, x, 10.0) for i, (seed, x) in enumerate(zip((7, 0, 2), b, strict=True))]
+    comparison = equal_kl.compare(*found(rows)[0].ranked)
+    low, high = scipy.stats.ttest_rel(a, b).confidence_interval(0.95)
+    assert comparison.over == "pairs of seeds"
+    assert comparison.reward.value - comparison.reward.limit == pytest.approx(low)
+    assert comparison.reward.value + comparison.reward.limit == pytest.approx(high)
+
+
+def returns(*columns):
+    """The evaluation of each member, with these returns."""
+    return {i: {"returns": np.float32(column), "kl": np.ones((len(column), 4))} for i, column in enumerate(columns)}
+
+
+def test_one_seed_is_compared_over_its_episodes_in_pairs():
+    a, b = [3.0, 1.0, 2.5, 2.0], [2.0, 0.5, 2.5, 1.5]
+    (block,) = found([row(0, 0.0, 10.0, 4, np.mean(a), 10.0), row(1, 0.1, None, 4, np.mean(b), 10.0)], returns(a, b),
+                     {4: np.ones(4)})
+    comparison, expected = equal_kl.compare(*block.ranked), scipy.stats.ttest_rel(a, b)
+    low, high = expected.confidence_interval(0.95)
     assert comparison.over == "episodes"
-    assert comparison.reward.error == pytest.approx(0.5 / expected.statistic)
-    quantile = scipy.stats.t.ppf(0.975, 2 * (EPISODES - 1))          # equal variances and counts: 2 (n - 1)
-    assert comparison.reward.limit == pytest.approx(quantile * np.hypot(0.1, 0.1))
+    assert comparison.reward.error == pytest.approx(np.mean(np.subtract(a, b)) / expected.statistic)
+    assert comparison.reward.value - comparison.reward.limit == pytest.approx(low)
+    assert comparison.reward.value + comparison.reward.limit == pytest.approx(high)
     assert (block.ranked[0].reward.error, block.ranked[0].kl.error) == (pytest.approx(0.1), pytest.approx(0.1))
 
 
-def test_gain_per_nat_is_a_ratio_of_means():
+def test_episodes_of_different_seeds_are_independent():
+    a, b = [3.0, 1.0, 2.5, 2.0], [2.0, 0.5, 2.5, 1.5]
+    (block,) = found([row(0, 0.0, 10.0, 4, np.mean(a), 10.0), row(1, 0.1, None, 5, np.mean(b), 10.0)], returns(a, b),
+                     {4: np.ones(4), 5: np.ones(4)})
+    reward = equal_kl.compare(*block.ranked).reward
+    low, high = scipy.stats.ttest_ind(a, b, equal_var=False).confidence_interval(0.95)
+    assert (reward.value - reward.limit, reward.value + reward.limit) == pytest.approx((low, high))
+
+
+def test_one_run_against_several_is_paired_where_the_seed_is_the_same():
+    a, b, c = [3.0, 1.0, 2.5, 2.0], [2.0, 0.5, 2.5, 1.5], [1.0, 1.0, 2.0, 0.5]
+    rows = [row(0, 0.0, 10.0, 0, np.mean(a), 10.0), row(1, 0.1, None, 0, np.mean(b), 10.0),
+            row(2, 0.1, None, 1, np.mean(c), 10.0)]
+    reward = equal_kl.compare(*found(rows, returns(a, b, c), {0: np.ones(4), 1: np.ones(4)})[0].ranked).reward
+    assert reward.value == pytest.approx(np.mean(a) - (np.mean(b) + np.mean(c)) / 2)
+    assert reward.error == pytest.approx(np.hypot(scipy.stats.sem(np.subtract(a, np.divide(b, 2))),
+                                                  scipy.stats.sem(np.divide(c, 2))))
+
+
+def test_gain_per_nat_is_a_ratio_of_means_of_pairs_with_the_base():
     """Over seeds: gains 1 and 2 for 9 and 11 nats. Over episodes: gains 0, 1, 5 for 4, 4 and 16 nats."""
     evaluations = {i: {"returns": np.array([1.0, 2.0, 6.0], np.float32),
-                       "kl": np.array([[1, 3, 0], [4, 0, 0], [0, 8, 8]], np.float32)} for i in range(3)}
-    (block,) = found([row(0, 0.0, 10.0, 0, 2.0, 9.0), row(1, 0.0, 10.0, 1, 3.0, 11.0), row(2, 0.1, None, 0, 1.1, 10.0)],
-                     evaluations)
+                       "kl": np.array([[1, 3, 0], [4, 0, 0], [0, 8, 8]], np.float32)} for i in range(2)}
+    evaluations[2] = evaluations[0] | {"returns": np.array([2.0, 1.0, 6.0], np.float32)}
+    (block,) = found([row(0, 0.0, 10.0, 0, 2.0, 9.0), row(1, 0.0, 10.0, 1, 3.5, 11.0), row(2, 0.1, None, 0, 1.1, 10.0)],
+                     evaluations, {0: np.array([2.0, 0.0, 1.0]), 1: np.array([1.0, 1.5, 2.0])})
     seeds, episodes = block.ranked
     assert seeds.per_nat[0] == pytest.approx(3 / 20)
     assert seeds.per_nat[1] == pytest.approx(scipy.stats.sem([1 - 9 * 3 / 20, 2 - 11 * 3 / 20]) / 10)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from kl_reg.analysis.recorded import ledger, means, objective, rates, summarise, top1_share
+from kl_reg.analysis.recorded import ledger, means, objective, pooled, rates, summarise, top1_share
 from kl_reg.analysis.stats import kl_by_position
 from kl_reg.envs.environment import Reply
 from kl_reg.types import AGENT, FORCED, OPENING, PAD, STUDENT, Episodes, Transcript
@@ -56,6 +56,20 @@ def test_two_episodes_by_hand():
     assert out["val/num_eos_tokens"] == 2 and out["tokens"] == 4
     assert {name for name in out if not name.endswith("_se") and f"{name}_se" not in out} == {
         "kl/top1_share", "val/num_eos_tokens", "tokens"}
+
+
+@given(arrays(np.float64, st.tuples(st.integers(1, 4), st.just(6)), elements=st.floats(-5, 5)))
+def test_batches_of_one_size_are_pooled_as_independent_strata(batches):
+    rows = [means({"x": batch}) | {"tokens": 3} for batch in batches]
+    out, n = pooled(rows), len(batches)
+    assert out["x"] == pytest.approx(batches.mean()) and out["tokens"] == 3 * n
+    assert out["x_se"] ** 2 == pytest.approx(sum(scipy.stats.sem(batch) ** 2 for batch in batches) / n**2)
+
+
+def test_what_a_batch_lacks_is_pooled_over_the_others():
+    assert pooled([{"x": None, "x_se": None}, {"x": 2.0, "x_se": 0.5}]) == {"x": 2.0, "x_se": 0.5}
+    assert pooled([{"x": 1.0, "x_se": None}, {"x": 2.0, "x_se": 0.5}]) == {"x": 1.5, "x_se": None}
+    assert pooled([{"x": None, "x_se": None}] * 2) == {"x": None, "x_se": None}
 
 
 def test_tokens_are_those_behind_the_opening_whoever_wrote_them():

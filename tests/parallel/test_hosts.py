@@ -82,9 +82,9 @@ def test_a_run_of_one_device_goes_on_as_it_would_have(both, alone_run):
 
 
 def test_each_process_asks_about_its_own_episodes_and_one_writes(both):
-    """Two members, twice eight training episodes; evaluation has eight of the base and of each member."""
+    """Two members, twice eight training episodes; the evaluation has eight of each member, and of the base twice."""
     _, (one, other), said = both
-    assert one["asked"] == other["asked"] == [4] * (2 * 2 + 3)
+    assert one["asked"] == other["asked"] == [4] * (2 * 2 + 4)
     assert "already trained for 1 of 3" in said[0] and "already trained" not in said[1]
 
 

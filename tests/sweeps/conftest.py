@@ -15,7 +15,7 @@ def config(tiny_folder):
     config.env.opening, config.env.length = "<|start|>A: hi\n", 16
     config.reward.name, config.optim.learning_rate = "length", 1e-2
     config.rl.iterations, config.rl.episodes, config.evaluation.episodes, config.checkpoint.every = 2, 4, 6, 1
-    config.sweep = [{"kl.coef": (0.0,), "seed": (0,)}, {"reference.name": ("ema",), "kl.coef": (0.1,)},
+    config.sweep = [{"kl.coef": (0.0,), "seed": (0,)}, {"reference.name": ("ema",), "kl.coef": (0.1,), "seed": (1,)},
                     {"kl.coef": (0.3,), "seed": (0,)}]
     return config
 

@@ -79,14 +79,14 @@ def test_the_summary_has_the_base_and_every_member(whole, config):
     assert summary[0]["hyper"] == {} and summary[3]["hyper"] == {
         "kl.coef": 0.0, "kl.budget": 0.0, "seed": 1, "kl.controller": "fixed", "reference.name": "base"}
     for row in summary:
-        assert row["final"]["episodes"] == 10
+        assert row["final"]["episodes"] == (20 if row["member"] == "base" else 10)       # the base on both seeds' keys
         assert {"return", "kl/nats_per_episode", "teacher/silent_rate", "student/silent_rate"} <= set(row["final"])
     assert whole.report.is_file()
 
 
 def test_the_base_and_a_budget_of_zero_are_the_same_policy(whole):
     summary = json.loads((whole.workdir / "summary.json").read_text())
-    base, zero = summary[0]["final"], summary[3]["final"]
+    base, zero = summary[0]["by_seed"]["1"], summary[3]["final"]
     assert base["kl/nats_per_episode"] < 1e-6 and zero["kl/nats_per_episode"] < 1e-6
     assert base["return"] == zero["return"]
 
