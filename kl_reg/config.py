@@ -273,7 +273,7 @@ def override(config: ConfigDict, member: dict) -> ConfigDict:
         try:
             default().update_from_flattened_dict({key: value})      # which knows the type of what is None here
             config.update_from_flattened_dict({key: value})
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"sweep: {key}={value!r}: {error}") from None
     config.sweep = []
     return config

@@ -9,11 +9,13 @@ import importlib
 
 
 class Registry:
-    """Named objects of one kind. `kind` is the configuration key that an error names; `facts` are what a piece of this
-    kind can state at its registration, each with the value for those that do not."""
+    """Named objects of one kind. `kind` is the configuration key that an error names; `of` the type that an object at a
+    dotted path must have (None: it must be a function); `facts` are what a piece of this kind can state at its
+    registration, each with the value for those that do not."""
 
-    def __init__(self, kind: str, **facts):
+    def __init__(self, kind: str, of: type | None = None, **facts):
         self.kind = kind
+        self._of = of
         self._objects = {}
         self._facts, self._unstated = {}, facts
 
@@ -44,15 +46,30 @@ class Registry:
         """The object of that name, or at that dotted path.
 
         Raises:
-            ValueError: neither exists; the choices are listed.
+            ValueError: neither exists, and the choices are listed; or what the path names is no function, or not of the
+                registry's type.
         """
         if name in self._objects:
             return self._objects[name]
         module, _, attribute = name.rpartition(".")
         if module and not name.startswith("."):
-            try:
-                found = getattr(importlib.import_module(module), attribute)
-            except (ImportError, AttributeError) as error:
-                raise ValueError(f"{self.kind}={name!r} cannot be imported: {error}") from None
-            return self._objects.get(name, found)
+            found = self._imported(name, module, attribute)         # its module may register it under this path
+            return self._checked(name, self._objects.get(name, found))
         raise ValueError(f"{self.kind}={name!r} is unknown; choose one of {', '.join(self.names())}, or a dotted path")
+
+    def _imported(self, name, module, attribute):
+        try:
+            return getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"{self.kind}={name!r} cannot be imported: {error}") from None
+        except Exception as error:      # whatever the module's author did
+            raise ValueError(f"{self.kind}={name!r} cannot be imported: {type(error).__name__}: {error}") from error
+
+    def _checked(self, name, item):
+        if self._of is None and not callable(item):
+            raise ValueError(f"{self.kind}={name!r} is {item!r}, no function; choose one of {', '.join(self.names())}, "
+                             "or the dotted path of a function")
+        if self._of is not None and not isinstance(item, self._of):
+            raise ValueError(f"{self.kind}={name!r} is {item!r}, no {self._of.__module__}.{self._of.__name__}; choose "
+                             f"one of {', '.join(self.names())}, or the dotted path of one")
+        return item

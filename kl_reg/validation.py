@@ -1,10 +1,13 @@
 """Everything about an experiment that can be known to be wrong before any work starts."""
 from __future__ import annotations
 
+import contextlib
 import math
 import numbers
 import warnings
+from collections.abc import Iterator
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from kl_reg import advantages, envs, losses, no_training, parallel, rewards, runs
@@ -26,7 +29,7 @@ _AT_LEAST_ONE = ("rl.iterations", "rl.episodes", "rl.epochs", "rl.minibatches", 
                  "rl.group", "env.opening_tokens")
 _NOT_NEGATIVE = ("kl.coef", "kl.target", "kl.horizon", "kl.rate", "kl.gain", "kl.final", "sampling.top_k", "rl.clip",
                  "rl.clip_high", "rl.value_coef", "rl.entropy_coef", "env.turns", "env.opening_turns", "policy.alpha",
-                 "optim.learning_rate", "optim.final", "seed")
+                 "optim.learning_rate", "optim.final", "seed", "evaluation.seed")
 _RELATIVE = ("leave_one_out", "group", "group_batch", "group_mean")
 """Advantages that compare the episodes of a group."""
 
@@ -37,8 +40,15 @@ _IDLE = {"teacher_student": ("writers", "prefill"),
 """Settings of `env` that say nothing to an environment."""
 
 _LIMITS = ("rl.stop_kl", "rl.truncation", "rl.value_clip", "optim.value_learning_rate")
+_UNLIMITED = ("rl.stop_kl", "rl.truncation", "rl.value_clip")
+"""Settings that may be infinite, which is the same as None."""
+
 _PARTS = ("rl.discount", "rl.gae_lambda", "policy.spend_init", "reference.decay", "reference.alpha",
           "sampling.min_p")
+
+
+_ELSEWHERE = ("optim.max_grad_norm",)        # `no_training.refuse` says what it may be
+_SMALLEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 
 def validate(config: ConfigDict) -> None:
@@ -52,6 +62,7 @@ def validate(config: ConfigDict) -> None:
     if unknown or missing:
         raise ValueError(f"config: unknown settings {sorted(unknown)}, missing settings {sorted(missing)}; "
                          "start from kl_reg.config.default()")
+    _validate_values(flat(config))
     compile_expressions(config.log.groups)
     _validate_parallel(config)
     resolved = []
@@ -67,7 +78,33 @@ def validate(config: ConfigDict) -> None:
         warnings.warn(caution, stacklevel=2)
 
 
+def _validate_values(values):
+    """Raises on None where a setting needs a value, and on numbers that the program's int32 and float32 do not hold."""
+    for key, usual in flat(default()).items():
+        value = values[key]
+        if key in _ELSEWHERE:
+            continue
+        if value is None and usual is not None and key not in _LIMITS:
+            raise ValueError(f"{key}=None: give it a value; its default is {usual!r}")
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, int) and abs(number) >= 2**31 and key != "rl.entries":
+                raise ValueError(f"{key}={value!r} must be less than 2**31")
+            if isinstance(number, float):
+                _validate_float(key, value, number)
+
+
+def _validate_float(key, value, number):
+    if math.isinf(number) and key in _UNLIMITED and number > 0:
+        return
+    if not math.isfinite(number):
+        raise ValueError(f"{key}={value!r} must be a finite number")
+    if abs(number) > _LARGEST or 0 < abs(number) < _SMALLEST:
+        raise ValueError(f"{key}={value!r} is out of the range of float32, in which it is computed: its size must be 0 "
+                         f"or from {_SMALLEST:.3g} to {_LARGEST:.3g}")
+
+
 def _validate_member(config):
+    _validate_values(flat(config))
     values = flat(config)
     given = [key for key in BUDGETS if values[key] is not None]
     limits = [key for key in _LIMITS if values[key] is not None]
@@ -80,8 +117,6 @@ def _validate_member(config):
             raise ValueError(f"{key}={value!r} must be a number of at least {low}")
         if key in _PARTS and value > 1:
             raise ValueError(f"{key}={value!r} must be at most 1")
-    if config.seed >= 2**31:
-        raise ValueError(f"seed={config.seed} must be less than 2**31")
     if config.model.dtype not in ("float32", "bfloat16"):
         raise ValueError(f"model.dtype={config.model.dtype!r}: choose 'float32' or 'bfloat16'")
     if config.model.quantize not in ("", "int8"):
@@ -100,7 +135,8 @@ def _validate_member(config):
         _fitting_model(config, "env.student_model", config.env.student_model)
     _validate_environment(config.env)
     rewards.check(config.reward)
-    shapes = weights.load_config(config.model.path, config.model.dtype)
+    with _naming("model.path", config.model.path):
+        shapes = weights.load_config(config.model.path, config.model.dtype)
     if config.model.attention and shapes.score_cap is not None:
         raise ValueError(f"model.attention={config.model.attention!r}: {config.model.path!r} caps its attention's "
                          "scores, which only '' can")
@@ -147,8 +183,7 @@ def _validate_environment(env):
 def _validate_algorithm(rl):
     for registry, name in ((losses.LOSSES, rl.loss), (advantages.ADVANTAGES, rl.advantage),
                            (reductions.REDUCTIONS, rl.reduction)):
-        if not callable(registry[name]):
-            raise ValueError(f"{registry.kind}={name!r} is {registry[name]!r}, no function")
+        registry[name]  # noqa: B018 - raises for an unknown name
     for key in ("minibatches", "group"):
         if rl.episodes % rl[key]:
             raise ValueError(f"rl.episodes={rl.episodes} must be a multiple of rl.{key}={rl[key]}")
@@ -238,10 +273,24 @@ def _validate_reference(config):
                              "models of one reference are stacked")
 
 
+@contextlib.contextmanager
+def _naming(setting: str, path: str) -> Iterator[None]:
+    """What is wrong with a model's files becomes an error that names the setting, too."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        if str(error).startswith(setting):
+            raise
+        raise type(error)(f"{setting}={path!r}: {error}") from None
+
+
 def _fitting_model(config, setting, path):
     """Its shapes; raises where it cannot read the base model's transcripts."""
-    shapes = weights.load_config(path)
-    if weights.vocabulary(path) != weights.vocabulary(config.model.path):
+    with _naming(setting, path):
+        shapes, words = weights.load_config(path, setting=setting), weights.vocabulary(path, setting)
+    with _naming("model.path", config.model.path):
+        base = weights.vocabulary(config.model.path)
+    if words != base:
         raise ValueError(f"{setting}: {path!r} has another tokenizer or vocabulary than model.path="
                          f"{config.model.path!r}; all models of an experiment need one vocabulary")
     if shapes.max_position < config.env.length:

@@ -60,7 +60,7 @@ def _run(argv):
     dialogue = price.Dialogue(args.teacher, args.student, args.end)
     opening = _opening(args, dialogue)
     scripts = args.script or [*SCRIPTS, price.random_letters(len("Good."), args.seed)]
-    model = weights.load(args.model)
+    model = weights.load(args.model, setting="--model")
     args.out.mkdir(parents=True, exist_ok=True)
     prices = price.price_of_script(model, [opening], scripts, args.turns, args.episodes, args.seed, dialogue,
                                    args.max_reply, args.batch)

@@ -1,5 +1,6 @@
 """Names and dotted paths."""
 import math
+import sys
 
 import pytest
 
@@ -46,6 +47,26 @@ def test_a_dotted_path_works_like_a_name(colours):
 def test_a_name_with_a_dot_comes_before_a_path(colours):
     colours.register("math.sqrt", 4)
     assert colours["math.sqrt"] == 4
+
+
+@pytest.mark.parametrize("path", ["math.pi", "kl_reg.models", "kl_reg.rollout._BLOCK"])
+def test_what_is_no_function_is_refused(colours, path):
+    with pytest.raises(ValueError, match=rf"paint.colour='{path}' is .*, no function; choose one of blue, red"):
+        colours[path]
+
+
+def test_an_object_of_another_type_is_refused():
+    typed = Registry("paint.colour", of=int)
+    assert typed["sys.maxsize"] == sys.maxsize
+    with pytest.raises(ValueError, match=r"paint.colour='math.sqrt' is <.*>, no builtins.int"):
+        typed["math.sqrt"]
+
+
+def test_a_module_that_raises_is_named(colours, tmp_path, monkeypatch):
+    (tmp_path / "raising.py").write_text("1 / 0")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match="paint.colour='raising.red' cannot be imported: ZeroDivisionError"):
+        colours["raising.red"]
 
 
 @pytest.mark.parametrize(("path", "words"), [

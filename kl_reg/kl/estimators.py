@@ -18,7 +18,6 @@ from jaxtyping import Array, Bool, Float
 from kl_reg.kl.exact import TokenTerms
 from kl_reg.registry import Registry
 
-ESTIMATORS = Registry("kl.estimator")
 ALIASES = {"kl": "k1", "mse": "k2", "low_var_kl": "k3", "abs": "absolute", "full": "exact"}
 """Names that other trainers give to the same formulas."""
 
@@ -87,6 +86,8 @@ class Estimator(NamedTuple):
             "gives no gradient to the log-probability of the budget fraction, which kl.spend draws and which decides "
             "the token's KL"))
 
+
+ESTIMATORS = Registry("kl.estimator", Estimator)
 
 @dataclasses.dataclass(frozen=True)
 class KLConfig:

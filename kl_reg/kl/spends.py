@@ -9,8 +9,6 @@ from jaxtyping import Array, Float, Int
 
 from kl_reg.registry import Registry
 
-SPENDS = Registry("kl.spend")
-
 
 class Spend(NamedTuple):
     """A way to spend the budget, of one token.
@@ -24,6 +22,9 @@ class Spend(NamedTuple):
 
     fraction: Callable
     drawn: bool = False
+
+
+SPENDS = Registry("kl.spend", of=Spend)
 
 
 def neuron(neuron: Float[Array, ""], action: Float[Array, ""], tokens: Int[Array, ""]) -> Float[Array, ""]:

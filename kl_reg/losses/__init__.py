@@ -29,7 +29,7 @@ LOSSES.register("gspo", gspo)
 LOSSES.register("ppo_clip", ppo_clip, per_token=True)
 LOSSES.register("reinforce", reinforce, per_token=True)
 
-ALGORITHMS = Registry("rl.algorithm")
+ALGORITHMS = Registry("rl.algorithm", Algorithm)
 ALGORITHMS.register("awr", AWR)
 ALGORITHMS.register("cispo", CISPO)
 ALGORITHMS.register("dapo", DAPO)
@@ -50,8 +50,5 @@ def resolve(rl: ConfigDict) -> dict:
     Raises:
         ValueError: the algorithm is unknown, or is none.
     """
-    algorithm = ALGORITHMS[rl.algorithm]
-    if not isinstance(algorithm, Algorithm):
-        raise ValueError(f"rl.algorithm={rl.algorithm!r} is {algorithm!r}, no kl_reg.losses.algorithm.Algorithm")
-    out = {name: value if rl[name] is None else rl[name] for name, value in algorithm._asdict().items()}
+    out = {name: value if rl[name] is None else rl[name] for name, value in ALGORITHMS[rl.algorithm]._asdict().items()}
     return out | {"clip_high": out["clip"] if out["clip_high"] is None else out["clip_high"]}

@@ -28,9 +28,10 @@ class Model(NamedTuple):
     folder: pathlib.Path
 
 
-def load_config(path: str, dtype: str = "float32") -> DecoderConfig:
-    """Shapes of the model in `path` (anything that `folders.find` knows), without its weights."""
-    return _read(folders.find(path), dtype)[0]
+def load_config(path: str, dtype: str = "float32", setting: str = "model.path") -> DecoderConfig:
+    """Shapes of the model in `path` (anything that `folders.find` knows), without its weights; messages call it
+    `setting`."""
+    return _read(folders.find(path, setting), dtype)[0]
 
 
 def _read(folder, dtype):
@@ -40,19 +41,20 @@ def _read(folder, dtype):
     return dataclasses.replace(config, dtype=dtype), family
 
 
-def load(path: str, dtype: str = "float32", sharding: Callable | None = None) -> Model:
+def load(path: str, dtype: str = "float32", sharding: Callable | None = None, setting: str = "model.path") -> Model:
     """Reads a model; parameters come in `dtype`.
 
     Args:
         path: anything that `folders.find` knows.
         sharding: (parameter's path, shape) -> a Sharding; each tensor is put straight into its shards.
+        setting: what messages call the path.
 
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: unknown family, unreadable file, missing, extra or misshapen weights (all listed), or two
             different tensors for what config.json says is one.
     """
-    folder = folders.find(path)
+    folder = folders.find(path, setting)
     config, family = _read(folder, dtype)
     shapes = jax.eval_shape(partial(decoder.init, config), jax.random.key(0))
     source = open_source(folder)
@@ -71,9 +73,11 @@ def _check_tied(config, family, source):
                          "a model with tied embeddings has in its place; set tie_word_embeddings to false")
 
 
-def vocabulary(path: str) -> tuple[dict[str, int], int]:
-    """Tokens with their numbers, and how many logits the model has: equal for models that KL can compare."""
-    return tokenizer.load(folders.find(path)).get_vocab(with_added_tokens=True), load_config(path).vocab
+def vocabulary(path: str, setting: str = "model.path") -> tuple[dict[str, int], int]:
+    """Tokens with their numbers, and how many logits the model has: equal for models that KL can compare; messages call
+    it `setting`."""
+    words = tokenizer.load(folders.find(path, setting)).get_vocab(with_added_tokens=True)
+    return words, load_config(path, setting=setting).vocab
 
 
 def save(folder: pathlib.Path, settings: dict, params: dict, dtype: str = "bfloat16") -> None:

@@ -17,6 +17,7 @@ from kl_reg.training import sweep
 from kl_reg.training.judging import Judges, describe, judge
 from kl_reg.types import Episodes
 
+
 def evaluate(config: ConfigDict, groups: Sequence[sweep.Group], states: Sequence, model: weights.Model, judges: Judges,
              workdir: pathlib.Path) -> list[dict]:
     """Evaluates the base and every member; writes evaluation.npz of each and returns the summary's rows.

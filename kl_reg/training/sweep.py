@@ -76,8 +76,8 @@ def _group(members, model, student, load, loss, mesh):
 
 def _student(config, mesh):
     """The parameters of another model than the base that plays the student."""
-    path = config.env.student_model
-    return weights.load(path, config.model.dtype, parallel.sharding_of(mesh)).params if path else ()
+    path, name = config.env.student_model, "env.student_model"
+    return weights.load(path, config.model.dtype, parallel.sharding_of(mesh), name).params if path else ()
 
 
 def load_reference(paths: tuple[str, ...], mesh: Mesh | None = None) -> tuple:
@@ -88,7 +88,7 @@ def load_reference(paths: tuple[str, ...], mesh: Mesh | None = None) -> tuple:
     if address:
         member = runs.load(address.workdir, address.iteration)[address.member]
         return (), jax.tree.map(jnp.asarray, member.params), (member.digest,)
-    models = [weights.load(path, sharding=parallel.sharding_of(mesh)) for path in paths]
+    models = [weights.load(path, sharding=parallel.sharding_of(mesh), setting="reference.paths") for path in paths]
     frozen = jax.tree.map(lambda *x: jnp.stack(x), *(model.params for model in models))
     if mesh is not None:
         frozen = jax.device_put(frozen, parallel.model_shardings(frozen, mesh))
