@@ -39,9 +39,18 @@ def parse(text: str) -> Address | None:
     """What `text` addresses; None where that is no run's directory."""
     path, member, iteration = re.fullmatch(r"(.*?)(?::(\d+))?(?:@(\d+))?", text).groups()
     file = pathlib.Path(path) / "config.json"
-    if not file.is_file() or "fingerprint" not in json.loads(file.read_text(encoding="utf-8")):
+    if not file.is_file() or not _has_fingerprint(file):
         return None
     return Address(pathlib.Path(path), *(None if x is None else int(x) for x in (member, iteration)))
+
+
+def _has_fingerprint(file):
+    """True if a config.json is that of a run; another one may be a model's, or no JSON."""
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return isinstance(stored, dict) and "fingerprint" in stored
 
 
 def config_of(workdir: pathlib.Path) -> ConfigDict:

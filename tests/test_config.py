@@ -129,8 +129,7 @@ def test_a_number_that_float32_makes_infinite_or_zero_is_refused(config, key, va
 
 
 @pytest.mark.parametrize("key", ["rl.loss", "rl.advantage", "rl.reduction", "rl.algorithm", "policy.kind", "env.name",
-                                 "reference.name", "kl.controller", "kl.estimator", "reward.name", "reward.gold",
-                                 "env.openings"])
+                                 "reference.name", "kl.controller", "kl.estimator", "reward.name", "reward.gold"])
 def test_a_name_that_is_no_function_is_refused(config, key):
     with pytest.raises(ValueError, match=f"{key.replace('.', '[.]')}='math.pi'.* is 3.14") as error:
         validation.validate(configs.override(config, {key: "math.pi"}))
