@@ -5,10 +5,12 @@ import json
 import pathlib
 from typing import NamedTuple
 
+from huggingface_hub import ModelCardData
+
 from kl_reg import config as configs
 from kl_reg import runs
 from kl_reg.models import export as files
-from kl_reg.models import tokenizer
+from kl_reg.models import folders, tokenizer
 from kl_reg.types import Sampling
 
 _OF_THE_RUN = ("sweep", "checkpoint", "log", "evaluation")      # settings that say nothing of a member
@@ -16,7 +18,7 @@ _OF_THE_RUN = ("sweep", "checkpoint", "log", "evaluation")      # settings that 
 
 class Facts(NamedTuple):
     """`kind` is what is exported: model, adapter or head; `proposal`, whether a hard budget is left out; `digest` and
-    `folder` are the base's."""
+    `folder` are the base's; `beside` says why a copy of it is exported, too ("": it is not)."""
 
     address: runs.Address
     member: runs.Member
@@ -25,6 +27,7 @@ class Facts(NamedTuple):
     kind: str
     proposal: bool
     folder: pathlib.Path
+    beside: str
 
 
 _START = {
@@ -40,8 +43,16 @@ import torch
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer
 
-model = AutoPeftModelForCausalLM.from_pretrained(folder, dtype={dtype!r})
+model = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=DTYPE)
 tokenizer = AutoTokenizer.from_pretrained(model.peft_config["default"].base_model_name_or_path)
+''',
+    "adapter with base": '''\
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(f"{folder}/base")
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(f"{folder}/base", dtype="auto"), folder)
 ''',
     "head": '''\
 import sys
@@ -67,35 +78,55 @@ print(tokenizer.decode(prompt + said))
 '''
 
 
-def snippet(facts: Facts, out: pathlib.Path) -> str:
-    """Python that loads the export in `out` and lets the agent write its first turn."""
+def snippet(facts: Facts, folder: str) -> str:
+    """Python that loads the export in `folder` and lets the agent write its first turn."""
     config = facts.member.config
     env, words = config.env, tokenizer.load(facts.folder)
     ids = tokenizer.opening(words, env.opening + env.teacher)       # other libraries may tokenise the text otherwise
     drawing = files.drawing(Sampling(**config.sampling)) if facts.kind == "adapter" else {}
     write = _WRITE_HEAD if facts.kind == "head" else _WRITE
-    return f"folder = {str(out)!r}\n" + _START[facts.kind].format(dtype=config.model.dtype) + write.format(
+    start = _START["adapter with base" if facts.kind == "adapter" and facts.beside else facts.kind]
+    return f"folder = {folder!r}\n" + start.replace("DTYPE", repr(config.model.dtype)) + write.format(
         ids=ids, text=tokenizer.decode(words, ids), length=env.length,
         end=env.end + env.student if env.markers == "written" else env.end,
         drawing="".join(f", {key}={value!r}" for key, value in drawing.items()))
 
 
-def text(facts: Facts, code: str) -> str:
-    """README.md."""
-    address, member = facts.address, facts.member
+def text(facts: Facts) -> str:
+    """README.md: a header that the Hugging Face hub reads, and the card; it names no absolute path."""
+    address, member, run = facts.address, facts.member, facts.address.workdir.resolve().name
     what = {"model": "all weights, as transformers loads them",
             "adapter": "a LoRA adapter, as PEFT loads it",
             "head": "a head on a frozen model, with its loader, head_policy.py"}[facts.kind]
-    rows = {"run": address.workdir, "member": address.member, "iteration": member.iteration,
-            "fingerprint of the run": facts.fingerprint, "base model": member.config.model.path,
+    rows = {"run": run, "member": address.member, "iteration": member.iteration,
+            "fingerprint of the run": facts.fingerprint, "base model": _public(member.config.model.path),
             "digest of the base": facts.digest, "digest of the member's parameters": member.digest}
     return "\n".join([
-        f"# {address.workdir.name}, member {address.member}, iteration {member.iteration}", "",
+        "---", _header(facts).strip(), "---", "",
+        f"# {run}, member {address.member}, iteration {member.iteration}", "",
         f"A language model finetuned with kl_reg by RL under KL regularisation: {what}.", "",
         *_table(("", ""), rows), "", "## What it cost, what it got", "", *_results(facts), "", "## Loading", "",
-        "```python", code.rstrip(), "```", "", *_remarks(facts), "", "## Settings", "",
-        "Those of this member that are not kl_reg's defaults.", "",
+        "`folder` is the folder of this file.", "", "```python", snippet(facts, ".").rstrip(), "```", "",
+        *_remarks(facts), "", "## Settings", "", "Those of this member that are not kl_reg's defaults.", "",
         *_table(("setting", "value"), _changed(member.config)), ""])
+
+
+def _header(facts):
+    """The YAML of the card's header."""
+    path, known = facts.member.config.model.path, {}
+    if folders.is_hub(path) and not pathlib.Path(path).is_dir():
+        known = {"base_model": path.partition("@")[0],
+                 "base_model_relation": "adapter" if facts.kind == "adapter" else "finetune"}
+    library = {"model": "transformers", "adapter": "peft", "head": "pytorch"}[facts.kind]
+    return ModelCardData(library_name=library, pipeline_tag="text-generation",
+                         tags=["kl_reg", "reinforcement-learning", "kl-regularization"], **known).to_yaml()
+
+
+def _public(value):
+    """A setting without the folders that a path of this machine goes through."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(map(_public, value))
+    return pathlib.PurePath(value).name if isinstance(value, str) and pathlib.PurePath(value).is_absolute() else value
 
 
 def _table(head, rows):
@@ -105,7 +136,7 @@ def _table(head, rows):
 
 def _changed(config):
     default = configs.flat(configs.default())
-    return {key: repr(value) for key, value in configs.flat(config).items()
+    return {key: repr(_public(value)) for key, value in configs.flat(config).items()
             if value != default[key] and key.split(".")[0] not in _OF_THE_RUN}
 
 
@@ -143,6 +174,8 @@ def _remarks(facts):
         remarks.append(f"It drew from a part of the vocabulary (top_k={sampling.top_k}, top_p={sampling.top_p:g}, "
                        f"min_p={sampling.min_p:g}) that the reference's probabilities decide, not its own. The files "
                        "here cannot say that; drawn from the whole vocabulary it is another policy.")
+    if facts.beside:
+        remarks.append(f"`base` holds the base model in floats: {facts.beside}.")
     if facts.kind == "head":
         remarks.append(f"An episode has {config.env.length} tokens behind its opening, and the head sees which part of "
                        "it is over; head_policy.py says how it is told.")

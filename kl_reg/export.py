@@ -20,24 +20,29 @@ from kl_reg.types import Sampling
 
 
 class Exported(NamedTuple):
-    """What was written: "model", "adapter" or "head", where, and Python that loads it and lets it write."""
+    """What was written: "model", "adapter" or "head", where, and Python that loads it and lets it write. `base` says
+    why a copy of the base lies in `folder`/base, "" where there is none."""
 
     kind: str
     folder: pathlib.Path
     snippet: str
+    base: str
 
 
 def export(name: str, out: pathlib.Path, iteration: int | None = None, *, adapter: bool = False,
            with_base: bool = False, proposal: bool = False, dtype: str | None = None) -> Exported:
     """Writes `out`, which appears whole or not at all.
 
+    Beside an adapter or a head lies a copy of the base, in floats, where other libraries could not load the base from
+    where the run had it: a GGUF file, an int8 base, the embedded model, a Gemma 3 with images.
+
     Args:
         name: RUN[:MEMBER][@ITERATION]; the member may be left out where there is one, the iteration for the last.
         iteration: the same as in `name`.
         adapter: of a lora, a PEFT adapter in place of merged weights.
-        with_base: of a head, a copy of the base too.
+        with_base: of an adapter or a head, a copy of the base in any case.
         proposal: of a member with a hard budget, the untilted proposal, which no budget holds.
-        dtype: of what is written (of a head: of its base), "float32" or "bfloat16"; None: the run's.
+        dtype: of what is written (of a head: of the base), "float32" or "bfloat16"; None: the run's.
 
     Raises:
         FileExistsError: `out` is there.
@@ -55,27 +60,27 @@ def export(name: str, out: pathlib.Path, iteration: int | None = None, *, adapte
     member = runs.load(address.workdir, address.iteration)[address.member]
     base = folders.find(config.model.path)
     digest = runs.check_base(address.workdir, base)
-    place = None
-    if kind == "adapter" or kind == "head" and not with_base:
-        place = files.origin(config.model.path, base)
+    beside = "" if kind == "model" else "as asked for" if with_base else _beside(config, base)
     if kind == "adapter":
         files.adapted(base, member.params["adapter"])       # raises before anything is written
     fingerprint = json.loads((address.workdir / "config.json").read_text(encoding="utf-8"))["fingerprint"]
-    facts = card.Facts(address, member, fingerprint, digest, kind, proposal, base)
-    snippet = card.snippet(facts, out)
+    facts = card.Facts(address, member, fingerprint, digest, kind, proposal, base, beside)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
         folder = pathlib.Path(scratch) / out.name
         folder.mkdir()
+        if beside:
+            files.model(folder / "base", base, _frozen(config), dtype, None)
         if kind == "head":
-            _write_head(folder, member, base, dtype, place, digest)
+            _write_head(folder, member, base, dtype, beside, digest)
         elif kind == "adapter":
+            place = files.Origin(str(out.resolve() / "base"), None) if beside else files.origin(config.model.path, base)
             files.adapter(folder, base, place, member.params["adapter"], config.policy.rank, config.policy.alpha, dtype)
         else:
             _write_model(folder, member, base, dtype)
-        (folder / "README.md").write_text(card.text(facts, snippet), encoding="utf-8")
+        (folder / "README.md").write_text(card.text(facts), encoding="utf-8")
         folder.rename(out)
-    return Exported(kind, out, snippet)
+    return Exported(kind, out, card.snippet(facts, str(out)), beside)
 
 
 def _chosen(name, iteration):
@@ -108,12 +113,9 @@ def _kind(name, config, adapter, with_base, proposal) -> str:
     for option, given, sensible, what in (
             ("--proposal", proposal, constrained, "a hard budget"),
             ("--adapter", adapter, config.policy.kind == "lora", "policy.kind='lora'"),
-            ("--with-base", with_base, config.policy.kind == "head", "policy.kind='head'")):
+            ("--with-base", with_base, config.policy.kind == "head" or adapter, "policy.kind='head', or --adapter")):
         if given and not sensible:
             raise ValueError(f"{name}: {option} is for a member with {what}")
-    if config.model.quantize and (adapter or config.policy.kind == "head" and not with_base):
-        raise ValueError(f"{name} was trained on a base with model.quantize={config.model.quantize!r}, not on the "
-                         "one in model.path: merge the adapter (without --adapter); give a head its base (--with-base)")
     if config.policy.kind != "head":
         return "adapter" if adapter else "model"
     own = [path for path in config.reference.paths if not runs.parse(path)]
@@ -121,6 +123,15 @@ def _kind(name, config, adapter, with_base, proposal) -> str:
         raise ValueError(f"{name} is a head on reference.name={config.reference.name!r}: its logits are a change of "
                          f"those of {', '.join(own)}; only a change of the base's can be exported")
     return "head"
+
+
+def _beside(config, base):
+    """Why the base has to lie beside an adapter or a head; "" where its folder does."""
+    if config.model.quantize:
+        return f"the run's base has model.quantize={config.model.quantize!r}, not the numbers of model.path"
+    if config.model.path == "embedded":
+        return "the embedded model is a part of the package"
+    return files.unloadable(base)
 
 
 def _write_model(folder, member, base, dtype):
@@ -133,12 +144,11 @@ def _write_model(folder, member, base, dtype):
     files.model(folder, base, merged, dtype, Sampling(**config.sampling))
 
 
-def _write_head(folder, member, base, dtype, place, digest):
-    """`place` of the base, with this digest; None: a copy of it goes into the folder."""
+def _write_head(folder, member, base, dtype, beside, digest):
+    """`digest` is of the base where it lies; `beside`: a copy of it is in the folder, and is read instead."""
     config = member.config
-    if place is None:
-        files.model(folder / "base", base, _frozen(config), dtype, None)
-        place, digest = files.Origin("base", None), folders.digest(folder / "base")
+    place = files.Origin("base", None) if beside else files.origin(config.model.path, base)
+    digest = folders.digest(folder / "base") if beside else digest
     files.head(folder, base, member.params["actor"], {
         "base": {"path": place.path, "revision": place.revision, "digest": digest}, "dtype": dtype,
         "layers": config.policy.layers, "length": config.env.length, "temperature": config.sampling.temperature,

@@ -27,8 +27,8 @@ def _run(argv):
     parser.add_argument("--out", type=pathlib.Path, required=True, metavar="DIR", help="the folder to make")
     parser.add_argument("--step", type=int, metavar="ITERATION", help="another way to say @ITERATION")
     parser.add_argument("--adapter", action="store_true", help="of a lora: a PEFT adapter (default: merged weights)")
-    parser.add_argument("--with-base", action="store_true", help="of a head: a copy of the base in DIR/base (default: "
-                        "head.json says where the base lies)")
+    parser.add_argument("--with-base", action="store_true", help="of an adapter or a head: a copy of the base in "
+                        "DIR/base (default: only where other libraries could not load the base from where it lies)")
     parser.add_argument("--proposal", action="store_true", help="of a member with a hard budget: its proposal, which "
                         "no budget holds")
     parser.add_argument("--dtype", help="float32 or bfloat16 (default: the run's model.dtype)")
@@ -37,7 +37,8 @@ def _run(argv):
 
     done = export(args.run, args.out, args.step, adapter=args.adapter, with_base=args.with_base,
                   proposal=args.proposal, dtype=args.dtype)
-    print(f"{done.snippet}\n{done.kind:6} {done.folder}\ncard   {done.folder / 'README.md'}")
+    base = f"base   {done.folder / 'base'}: {done.base}\n" * bool(done.base)
+    print(f"{done.snippet}\n{done.kind:6} {done.folder}\n{base}card   {done.folder / 'README.md'}")
 
 
 if __name__ == "__main__":

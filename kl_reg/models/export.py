@@ -10,14 +10,14 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors.flax import save_file
 
-from kl_reg.models import configuration, families, folders, mapping, sources, weights
+from kl_reg.models import configuration, families, folders, mapping, sources, tokenizer, weights
 from kl_reg.types import Sampling
 
 LOADER = pathlib.Path(__file__).with_name("head_policy.py")
 _NO_TEXT = ("config.json", "generation_config.json", "*.safetensors", sources.INDEX)
 _TOKENIZER = tuple(name for name in folders.HUB_FILES if name not in _NO_TEXT)
+_SPECIAL = ("bos", "eos", "pad", "unk")
 
 
 class Origin(NamedTuple):
@@ -27,18 +27,17 @@ class Origin(NamedTuple):
     revision: str | None
 
 
-def origin(path: str, folder: pathlib.Path) -> Origin:
-    """Of the model that `path` names and that lies in `folder`.
-
-    Raises:
-        ValueError: transformers does not load it as it lies there.
-    """
+def unloadable(folder: pathlib.Path) -> str:
+    """Why other libraries cannot use the model in `folder` as a base where it lies; "" if they can."""
     if sources.weight_files(folder)[0].suffix == ".gguf":
-        raise ValueError(f"{folder} has its weights in a GGUF file, which transformers does not load as a base: merge "
-                         "the adapter (without --adapter); give a head a copy of the base (--with-base)")
+        return "the base's weights are in a GGUF file"
     if folders.settings(folder)["model_type"] == "gemma3":
-        raise ValueError(f"{folder} is a Gemma 3 with images, of which only the language model was trained: merge the "
-                         "adapter (without --adapter); give a head a copy of the base (--with-base)")
+        return "the base is a Gemma 3 with images, of which only the language model was trained"
+    return ""
+
+
+def origin(path: str, folder: pathlib.Path) -> Origin:
+    """Where transformers finds the model that `path` names and that lies in `folder`."""
     if folders.is_hub(path) and not pathlib.Path(path).is_dir():
         return Origin(path.partition("@")[0], folder.name)      # the client names a snapshot by its commit
     return Origin(str(folder.resolve()), None)
@@ -63,13 +62,29 @@ def as_floats(params: dict) -> dict:
                            for path, leaf in flat.items()})
 
 
+def start_of(source: pathlib.Path) -> int | None:
+    """The start token of a tokenizer that kl_reg has trained, where the folder declares no special tokens; else None.
+
+    Pretraining joins documents that begin with this token, so that it ends the one before, too.
+    """
+    settings = folders.settings(source)
+    declared = any(settings.get(f"{name}_token_id") is not None for name in _SPECIAL)
+    if declared or (source / "tokenizer_config.json").is_file():
+        return None
+    return tokenizer.load(source).token_to_id(tokenizer.START)
+
+
 def copy_tokenizer(source: pathlib.Path, folder: pathlib.Path) -> None:
-    """The tokenizer's files and the chat template, so that transformers' AutoTokenizer finds them in `folder`."""
+    """The tokenizer's files and the chat template, so that transformers' AutoTokenizer finds them in `folder`; with the
+    special tokens that `start_of` knows and no file declares."""
     for name in _TOKENIZER:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
     if not (folder / "tokenizer_config.json").is_file() and (folder / "tokenizer.json").is_file():
-        _write(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
+        names = _SPECIAL if start_of(source) is not None else ()
+        _write(folder / "tokenizer_config.json", {
+            "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
+            **{f"{name}_token": tokenizer.START for name in names}})
 
 
 def model(folder: pathlib.Path, source: pathlib.Path, params: dict, dtype: str, sampling: Sampling | None) -> None:
@@ -82,10 +97,12 @@ def model(folder: pathlib.Path, source: pathlib.Path, params: dict, dtype: str, 
         sampling: its temperature is recorded, its truncations, which ask the reference, are not; None: as `source` has
             it all.
     """
-    weights.save(folder, settings_of(folders.settings(source)), params, dtype)
+    start = start_of(source)
+    special = {} if start is None else {f"{name}_token_id": start for name in ("bos", "eos", "pad")}
+    weights.save(folder, settings_of(folders.settings(source)) | special, params, dtype)
     copy_tokenizer(source, folder)
     file = source / "generation_config.json"
-    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else special
     if sampling is not None:
         known = {key: value for key, value in known.items() if key.endswith("_token_id")}
         known |= drawing(sampling)
@@ -104,7 +121,7 @@ def adapted(source: pathlib.Path, names: Iterable[str]) -> dict[str, mapping.Rul
     Raises:
         ValueError: it holds one of them in one tensor with others, which has no LoRA of its own.
     """
-    found = folders.settings(source)
+    found = settings_of(folders.settings(source))
     config, family = families.read(found)
     rules = {path: rule for rule in family.rules(config) for path in rule.ours}
     rules = {name: rules[f"layers/{name}/kernel"] for name in names}
@@ -136,7 +153,7 @@ def adapter(folder: pathlib.Path, source: pathlib.Path, base: Origin, low: dict,
         for i, (a, b) in enumerate(zip(low[name]["a"], low[name]["b"], strict=True)):
             for side, value in (("A", a), ("B", b)):
                 tensors[f"base_model.model.{key.format(i=i)}.lora_{side}.weight"] = jnp.asarray(value.T, dtype)
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    weights.save_tensors(tensors, folder / "adapter_model.safetensors")
     _write(folder / "adapter_config.json", {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base.path, "revision": base.revision,
         "r": rank, "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none", "target_modules": modules,
@@ -156,8 +173,8 @@ def head(folder: pathlib.Path, source: pathlib.Path, actor: dict, settings: dict
     (norm,) = (rule.theirs for rule in family.rules(config) if rule.ours == ("norm/scale",))
     tensors = {"hidden.weight": actor["hidden"]["kernel"].T, "hidden.bias": actor["hidden"]["bias"],
                "change.weight": actor["change"]["kernel"].T}
-    save_file({key: jnp.asarray(value, jnp.float32) for key, value in tensors.items()}, folder / "head.safetensors",
-              metadata={"format": "pt"})
+    weights.save_tensors({key: jnp.asarray(value, jnp.float32) for key, value in tensors.items()},
+                         folder / "head.safetensors")
     _write(folder / "head.json", settings | {"norm": norm.removesuffix(".weight"),
                                              "hidden": int(np.size(actor["hidden"]["bias"]))})
     shutil.copyfile(LOADER, folder / LOADER.name)

@@ -80,6 +80,15 @@ def vocabulary(path: str, setting: str = "model.path") -> tuple[dict[str, int], 
     return words, load_config(path, setting=setting).vocab
 
 
+def save_tensors(tensors: dict, file: pathlib.Path) -> None:
+    """Writes a safetensors file that PyTorch's libraries load. Its mode follows the umask, as that of other files does;
+    safetensors would let its owner alone read it."""
+    file.touch()
+    mode = file.stat().st_mode
+    save_file(tensors, file, metadata={"format": "pt"})
+    file.chmod(mode)
+
+
 def save(folder: pathlib.Path, settings: dict, params: dict, dtype: str = "bfloat16") -> None:
     """Writes config.json and safetensors (in files of at most 5 GB) that `transformers` loads.
 
@@ -92,7 +101,7 @@ def save(folder: pathlib.Path, settings: dict, params: dict, dtype: str = "bfloa
     tensors = ((key, jnp.asarray(value, dtype)) for key, value in mapping.write(family.rules(config), params))
     keys, total = [], 0
     for count, part in enumerate(_parts(tensors), start=1):
-        save_file(part, folder / f"part-{count}.safetensors", metadata={"format": "pt"})
+        save_tensors(part, folder / f"part-{count}.safetensors")
         keys.append(list(part))
         total += sum(value.nbytes for value in part.values())
     names = [f"model-{i:05}-of-{len(keys):05}.safetensors" for i in range(1, len(keys) + 1)]

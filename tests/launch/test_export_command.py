@@ -6,6 +6,7 @@ import pathlib
 import re
 import sys
 
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -121,20 +122,23 @@ def card_of(folder):
 def test_transformers_says_what_the_member_says(run, call, tmp_path, number, monkeypatch, capsys):
     out = tmp_path / "exports/here"
     status, printed = call(f"{run}:{number}", f"--out={out}")
-    assert status == 0 and printed.out.endswith(f"model  {out}\ncard   {out}/README.md\n")
+    assert status == 0 and printed.out.endswith(f"\nmodel  {out}\ncard   {out}/README.md\n")
     model = transformers.AutoModelForCausalLM.from_pretrained(out)
     prompt = torch.tensor([prompt_ids(run)])
     said = model.generate(prompt, max_new_tokens=NEW, do_sample=False, temperature=None, top_k=None, top_p=None)[0]
     with torch.no_grad():
         check(run, number, model(said[None]).logits[0].numpy(), said[prompt.shape[1]:].tolist())
     drawing = json.loads((out / "generation_config.json").read_text())
-    assert drawing == {"do_sample": True, "temperature": 0.5, "top_k": 0, "top_p": 1.0}
+    (start,) = tokenizer.encode(tokenizer.load(out), "<|start|>")
+    assert drawing == {"do_sample": True, "temperature": 0.5, "top_k": 0, "top_p": 1.0, "bos_token_id": start,
+                       "eos_token_id": start, "pad_token_id": start}
     text, code = card_of(out)
     for part in (f"| member | `{number}` |", "| iteration | `2` |", "`0123456789ab`", "12.5 ± 0.5 nats per episode",
                  "return: 2.25 (reward", "77 episodes", "| sampling.temperature | `0.5` |"):
         assert part in text
-    assert code in printed.out
+    assert code.replace("folder = '.'", f"folder = {str(out)!r}") in printed.out
     torch.manual_seed(0)
+    monkeypatch.chdir(out)
     exec(code, {})
     assert capsys.readouterr().out.startswith("<|start|>A: hi\nA:")
     assert sorted(path.name for path in out.parent.iterdir()) == ["here"]
@@ -156,10 +160,21 @@ def test_what_was_written_is_read_back(run, call, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")      # PEFT's own use of transformers
-def test_the_adapter_says_what_the_member_says(run, call, tmp_path, capsys):
+@pytest.mark.parametrize("options", [[], ["--with-base"]])
+def test_the_adapter_says_what_the_member_says(run, call, tmp_path, capsys, monkeypatch, options):
+    """A base beside it is found where the folder has moved, too."""
     out = tmp_path / "adapter"
-    assert call(f"{run}:{LORA}", "--adapter", f"--out={out}")[0] == 0
+    status, printed = call(f"{run}:{LORA}", "--adapter", f"--out={out}", *options)
+    assert status == 0 and (f"base   {out}/base: as asked for\n" in printed.out) == bool(options)
+    if options:
+        out = out.rename(tmp_path / "moved")
+    check_adapter(run, out, capsys, monkeypatch)
+
+
+def check_adapter(run, out, capsys, monkeypatch):
+    """The card's code in `out`: PEFT's logits are ours."""
     code, scope = card_of(out)[1], {}
+    monkeypatch.chdir(out)
     exec(code, scope)
     assert capsys.readouterr().out.startswith("<|start|>A: hi\nA:")
     prompt = prompt_ids(run)
@@ -175,12 +190,14 @@ def opened(run, call, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(sys, "path", sys.path[:])
         out, scope = tmp_path / "head", {}
         status, printed = call(f"{run}:{number}", f"--out={out}", *options)
-        assert status == 0 and printed.out.endswith(f"head   {out}\ncard   {out}/README.md\n")
+        base = f"base   {out}/base: as asked for\n" * ("--with-base" in options)
+        assert status == 0 and printed.out.endswith(f"\nhead   {out}\n{base}card   {out}/README.md\n")
         text, code = card_of(out)
         sys.modules.pop("head_policy", None)        # of another export
+        monkeypatch.chdir(out)
         exec(code, scope)
         assert capsys.readouterr().out.startswith("<|start|>A: hi\nA:")
-        assert scope["head_policy"].__file__ == str(out / "head_policy.py")
+        assert pathlib.Path(scope["head_policy"].__file__).samefile(out / "head_policy.py")
         return text, scope["policy"]
 
     return opened
@@ -226,7 +243,7 @@ def test_the_loader_needs_torch_and_transformers_alone(run, call, tmp_path):
     (("{run}:3", "--out={out}"), "hard budget.*--proposal exports"), (("{run}:4", "--out={out}"), "'mixture'.*{tiny}"),
     (("{run}:0", "--proposal", "--out={out}"), "--proposal is for a member with a hard budget"),
     (("{run}:0", "--adapter", "--out={out}"), "--adapter is for .*'lora'"),
-    (("{run}:1", "--with-base", "--out={out}"), "--with-base is for .*'head'"),
+    (("{run}:1", "--with-base", "--out={out}"), "--with-base is for .*'head', or --adapter"),
     (("{run}:0", "--dtype=float8", "--out={out}"), "choose float32 or bfloat16"), (("{run}:0",), "required: --out"),
     (("{run}:0", "--out={run}"), "{run} is there already")])
 def test_a_wrong_call_is_one_line_and_leaves_nothing(run, call, tiny_folder, tmp_path, arguments, says):
@@ -249,15 +266,16 @@ def test_a_base_in_int8_is_written_as_the_run_has_seen_it(run, call, tmp_path, t
     config = json.loads((run / "config.json").read_text())["config"]
     config["model"]["quantize"] = "int8"
     copy = other_run(run, tmp_path / "run", config=config)
-    for number, options in ((LORA, ["--adapter"]), (HEAD, [])):
-        status, printed = call(f"{copy}:{number}", f"--out={tmp_path}/out", *options)
-        assert status == 2 and "model.quantize='int8'" in printed.err and not (tmp_path / "out").exists()
+    for number, name, options in ((LORA, "adapter", ["--adapter"]), (HEAD, "head", [])):
+        status, printed = call(f"{copy}:{number}", f"--out={tmp_path}/{name}", *options)
+        assert status == 0 and f"base   {tmp_path}/{name}/base: the run's base has model.quantize='int8'" in printed.out
+        assert "in floats: the run's base has model.quantize='int8'" in (tmp_path / name / "README.md").read_text()
     call(f"{copy}:{LORA}", f"--out={tmp_path}/lora")
-    call(f"{copy}:{HEAD}", "--with-base", f"--out={tmp_path}/head")
     whole = np.array(weights.load(str(tiny_folder)).params["layers"]["down"]["kernel"])
     step = np.abs(whole).max(1, keepdims=True) / 127
     rounded, low = np.round(whole / step) * step, runs.load(run)[LORA].params["adapter"]["down"]
-    for found, expected in (("lora", rounded + 16 / 8 * low["a"] @ low["b"]), ("head/base", rounded)):
+    for found, expected in (("lora", rounded + 16 / 8 * low["a"] @ low["b"]), ("head/base", rounded),
+                            ("adapter/base", rounded)):
         kernel = weights.load(str(tmp_path / found)).params["layers"]["down"]["kernel"]
         np.testing.assert_allclose(kernel, expected, atol=1e-5)
     assert np.abs(rounded - whole).max() > 1e-4
@@ -278,22 +296,63 @@ def test_the_code_of_the_card_has_the_tokens_of_training(tiny_folder, kind):
     config, words = configs.default(), tokenizer.load(tiny_folder)
     config.env.opening, config.env.markers = OPENING, "written"
     member = runs.Member(config, {}, None, 0, "")
-    code = card.snippet(card.Facts(None, member, "", "", kind, False, tiny_folder), pathlib.Path("out"))
+    code = card.snippet(card.Facts(None, member, "", "", kind, False, tiny_folder, ""), "out")
     ids = tokenizer.encode(words, f"{OPENING}A:")
     assert re.search(rf"^prompt = (torch.tensor\(\[)?{re.escape(str(ids))}", code, re.MULTILINE)
     assert repr("\nB:") in code and "tokenizer(" not in code
     compile(code, "card", "exec")
 
 
-def test_a_refused_base_leaves_no_folder(run, call, tmp_path):
-    """A GGUF file, which PEFT would not load: known only when the base is looked at."""
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")      # PEFT's own use of transformers
+def test_an_adapter_on_a_gguf_file_has_its_base_beside_it(tmp_path, call, capsys, monkeypatch):
+    """In floats, as PEFT's logits and ours agree; the card says why."""
     tiny_gguf.write(tmp_path / "tiny.gguf")
     base, _ = fetch(str(tmp_path / "tiny.gguf"), tmp_path / "base")
+    config, folder, words = configs.default(), tmp_path / "run", tokenizer.load(base)
+    config.model.path, config.policy.kind, config.rl.iterations = str(base), "lora", 1
+    config.env.opening, config.env.teacher, config.env.length = "hello there", ", how", LENGTH
+    checkpoint.claim(folder, {"config": json.loads(config.to_json()), "fingerprint": "0123456789ab",
+                              "base": folders.digest(base)})
+    saved = checkpoint.Checkpoints(folder / "checkpoints", {}, 9)
+    saved.save(1, [_state(weights.load(str(base)), members, 1) for members in runs.groups(config)])
+    saved.close()
+    status, printed = call(folder, "--adapter", f"--out={tmp_path}/out")
+    assert status == 0 and f"base   {tmp_path}/out/base: the base's weights are in a GGUF file\n" in printed.out
+    text, code = card_of(tmp_path / "out")
+    assert "in floats: the base's weights are in a GGUF file" in text
+    monkeypatch.chdir(tmp_path / "out")
+    scope = {}
+    exec(code, scope)
+    tokens = tokenizer.opening(words, "hello there, how are you?")
+    with torch.no_grad():
+        theirs = scope["model"](torch.tensor([tokens])).logits[0].numpy()
+    np.testing.assert_allclose(theirs, ours(folder, 0, tokens), atol=1e-4)
+
+
+def test_the_card_has_a_header_and_no_path_of_this_machine(run, call, tmp_path, tiny_folder):
+    """The hub's client reads the header; settings keep the last part of a path."""
     config = json.loads((run / "config.json").read_text())["config"]
-    config["model"]["path"] = str(base)
-    copy = other_run(run, tmp_path / "run", config=config, base=folders.digest(base))
-    status, printed = call(f"{copy}:{LORA}", "--adapter", f"--out={tmp_path}/new/out")
-    assert status == 2 and "has its weights in a GGUF file" in printed.err and not (tmp_path / "new").exists()
+    config["reward"]["path"], config["env"]["student_model"] = "/home/me/secret/model", str(tiny_folder)
+    copy = other_run(run, tmp_path / "run", config=config)
+    for number, library, options in ((FULL, "transformers", []), (LORA, "peft", ["--adapter"]), (HEAD, "pytorch", [])):
+        out = tmp_path / library
+        assert call(f"{copy}:{number}", f"--out={out}", *options)[0] == 0
+        text = (out / "README.md").read_text()
+        found = huggingface_hub.ModelCard(text).data
+        assert (found.library_name, found.pipeline_tag) == (library, "text-generation") and "kl_reg" in found.tags
+        assert found.base_model is None                                 # it is no model of the hub
+        assert str(tmp_path) not in text and str(tiny_folder.parent) not in text and "/home" not in text
+        assert "| reward.path | `'model'` |" in text and f"| base model | `{tiny_folder.name}` |" in text
+
+
+def test_the_header_names_a_base_on_the_hub(tiny_folder):
+    config = configs.default()
+    config.model.path = "org/name@main"
+    member = runs.Member(config, {}, None, 0, "")
+    for kind, relation in (("adapter", "adapter"), ("model", "finetune")):
+        facts = card.Facts(runs.Address(pathlib.Path("runs/x"), 0, 1), member, "", "", kind, False, tiny_folder, "")
+        found = huggingface_hub.ModelCard(card.text(facts)).data
+        assert (found.base_model, found.base_model_relation) == ("org/name", relation)
 
 
 def test_a_base_that_is_another_one_now_is_refused(run, call, tmp_path):

@@ -1,6 +1,7 @@
 """What PEFT and torch make of the files, for families whose tensors have other names, places and layouts."""
 import importlib.util
 import json
+import os
 
 import jax
 import jax.numpy as jnp
@@ -141,9 +142,55 @@ def test_where_transformers_finds_the_base(tmp_path, monkeypatch):
         (folder / "model.safetensors").write_text("")
     assert export.origin("org/other@main", snapshot) == ("org/other", "0123abcd")
     assert export.origin("org/name", tmp_path / "org/name") == (str(tmp_path / "org/name"), None)
+    assert not export.unloadable(snapshot)
+    (snapshot / "config.json").write_text('{"model_type": "gemma3"}')
+    assert "with images" in export.unloadable(snapshot)
     (snapshot / "model.safetensors").rename(snapshot / "weights.gguf")
-    with pytest.raises(ValueError, match="GGUF.*--with-base"):
-        export.origin("smollm2", snapshot)
+    assert "GGUF" in export.unloadable(snapshot)
+
+
+def test_files_have_the_mode_that_the_umask_gives(bases, tmp_path):
+    """safetensors alone would write 0600."""
+    _, base = bases["llama"]
+    actor = {"hidden": {"kernel": np.ones((67, 5)), "bias": np.ones(5)}, "change": {"kernel": np.ones((5, 32))}}
+    before = os.umask(0o027)
+    try:
+        for name in ("model", "adapter", "head"):
+            (tmp_path / name).mkdir()
+        export.model(tmp_path / "model", base.folder, base.params, "float32", Sampling())
+        export.adapter(tmp_path / "adapter", base.folder, export.Origin("x", None), low_rank(base.config, "up"), 2, 6.0,
+                       "float32")
+        export.head(tmp_path / "head", base.folder, actor, {})
+    finally:
+        os.umask(before)
+    modes = {file.name: oct(file.stat().st_mode & 0o777) for file in tmp_path.rglob("*") if file.is_file()}
+    assert {"model.safetensors", "adapter_model.safetensors", "head.safetensors"} < set(modes)
+    assert set(modes.values()) == {"0o640"}
+
+
+def test_the_embedded_model_declares_its_special_tokens(tmp_path):
+    """As GPT-2 does, all are one token: pretraining joins documents that begin with it."""
+    export.model(tmp_path, folders.EMBEDDED, weights.load("embedded").params, "float32", Sampling())
+    words = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert {words.bos_token, words.eos_token, words.pad_token, words.unk_token} == {"<|start|>"}
+    start = words.convert_tokens_to_ids("<|start|>")
+    assert words("A: hi\n").input_ids == words("A: hi\n", add_special_tokens=False).input_ids     # none is put in front
+    for found in (transformers.AutoConfig.from_pretrained(tmp_path),
+                  transformers.GenerationConfig.from_pretrained(tmp_path)):
+        assert (found.bos_token_id, found.eos_token_id, found.pad_token_id) == (start,) * 3
+    padded = words(["A: hi", "A: hello there"], padding=True, return_tensors="pt")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert model.generate(**padded, max_new_tokens=2, do_sample=False).shape[0] == 2
+    assert folders.ends(tmp_path) == {start}
+
+
+def test_a_base_keeps_the_special_tokens_that_it_declares(bases, tmp_path):
+    _, base = bases["llama"]
+    export.model(tmp_path, base.folder, base.params, "float32", Sampling())
+    declared = [json.loads((folder / "config.json").read_text()) for folder in (base.folder, tmp_path)]
+    for name in ("bos", "eos", "pad"):
+        assert declared[0].get(f"{name}_token_id") == declared[1].get(f"{name}_token_id")
+    assert "eos_token" not in json.loads((tmp_path / "tokenizer_config.json").read_text())
 
 
 def test_the_run_says_how_tokens_are_drawn(bases, tmp_path):
