@@ -195,6 +195,7 @@ def opened(run, call, tmp_path, monkeypatch, capsys):
         text, code = card_of(out)
         sys.modules.pop("head_policy", None)        # of another export
         monkeypatch.chdir(out)
+        sys.path_importer_cache.pop(".", None)      # it holds the folder that this was
         exec(code, scope)
         assert capsys.readouterr().out.startswith("<|start|>A: hi\nA:")
         assert pathlib.Path(scope["head_policy"].__file__).samefile(out / "head_policy.py")
@@ -326,7 +327,7 @@ def test_an_adapter_on_a_gguf_file_has_its_base_beside_it(tmp_path, call, capsys
     tokens = tokenizer.opening(words, "hello there, how are you?")
     with torch.no_grad():
         theirs = scope["model"](torch.tensor([tokens])).logits[0].numpy()
-    np.testing.assert_allclose(theirs, ours(folder, 0, tokens), atol=1e-4)
+    np.testing.assert_allclose(theirs, ours(folder, 0, tokens), rtol=1e-5, atol=1e-3)       # of up to 40
 
 
 def test_the_card_has_a_header_and_no_path_of_this_machine(run, call, tmp_path, tiny_folder):
