@@ -10,6 +10,8 @@ import sys
 _HERE = pathlib.Path(__file__).parent
 PEERS = tuple(sorted(file.stem for file in _HERE.glob("*.txt")))
 
+_ALONE = "--no-deps "
+"""Begins the line of a package that is installed without what it asks for."""
 
 _JAX = {"cpu": "jax[cpu]", "gpu": "jax[cuda12]", "tpu": "jax[tpu]"}
 
@@ -38,8 +40,11 @@ def python(peer: str, backend: str = "cpu") -> pathlib.Path:
         print(f"{peer}: making its environment in {folder}", file=sys.stderr)
         shutil.rmtree(folder, ignore_errors=True)
         _run(peer, [sys.executable, "-m", "venv", str(folder)])
+        install = [str(found), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         packages = [line for line in wanted.splitlines() if not line.startswith("#")]
-        _run(peer, [str(found), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *packages])
+        _run(peer, [*install, *(line for line in packages if not line.startswith(_ALONE))])
+        for alone in (line.removeprefix(_ALONE) for line in packages if line.startswith(_ALONE)):
+            _run(peer, [*install, "--no-deps", alone])
         made.write_text(wanted, encoding="utf-8")
     return found
 

@@ -156,8 +156,20 @@ def test_an_environment_is_made_once_for_its_requirements(tmp_path, monkeypatch)
     assert len(asked) == 4
     assert environment.python("tunix", "gpu") == tmp_path / "kl_reg/benchmarks/tunix-gpu/bin/python"
     assert "\njax[cuda12]==" in (tmp_path / "kl_reg/benchmarks/tunix-gpu/requirements.txt").read_text()
-    with pytest.raises(ValueError, match="no peer 'verl'; choose of trl, tunix"):
-        environment.python("verl")
+    with pytest.raises(ValueError, match="no peer 'nobody'; choose of rlax, trl, tunix, verl"):
+        environment.python("nobody")
+
+
+def test_a_package_is_installed_without_what_it_asks_for(tmp_path, monkeypatch):
+    """Where its line says so; behind the others."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    asked = []
+    monkeypatch.setattr(environment, "_run", lambda name, command: (
+        asked.append(command), "venv" in command and pathlib.Path(command[-1]).mkdir(parents=True, exist_ok=True)))
+    environment.python("verl")
+    _, others, alone = asked
+    assert "--no-deps" not in others and any(package.startswith("torch==") for package in others)
+    assert alone[-2] == "--no-deps" and alone[-1].startswith("verl==") and alone[-1] not in others
 
 
 def test_a_failed_installation_is_one_error_and_no_environment(tmp_path, monkeypatch):
