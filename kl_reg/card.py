@@ -1,14 +1,13 @@
 """The model card of an exported member: what it is, how it was trained, what it cost, how to load it."""
 from __future__ import annotations
 
-import json
 import pathlib
 from typing import NamedTuple
 
 from huggingface_hub import ModelCardData
 
 from kl_reg import config as configs
-from kl_reg import runs
+from kl_reg import runs, storage
 from kl_reg.models import export as files
 from kl_reg.models import folders, tokenizer
 from kl_reg.types import Sampling
@@ -148,7 +147,7 @@ def _results(facts):
         return ["The run's figures are those of the policy inside its budget, not of this proposal."]
     if facts.member.iteration != config.rl.iterations or not file.is_file():
         return ["Not evaluated: the run's evaluation is of its last iteration."]
-    summary = json.loads(file.read_text(encoding="utf-8"))
+    summary = storage.read_json(file)
     final = next(row["final"] for row in summary if row["member"] == address.member)
     error = lambda name: final[f"{name}_se"]  # noqa: E731 - None of one episode
     number = lambda name: ("not known" if final[name] is None else f"{final[name]:.3g}") + (  # noqa: E731

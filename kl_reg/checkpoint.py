@@ -1,16 +1,23 @@
 """Checkpoints of a run, and the identity of its directory."""
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import pathlib
+import tempfile
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
 from kl_reg import config as configs
+from kl_reg import storage
+
+_COMMITTED = "commit_success.txt"       # by which Orbax tells whole checkpoints in gs:// from others
 
 
 class Inputs(NamedTuple):
@@ -40,7 +47,7 @@ def describe(config: ConfigDict, inputs: Inputs, members: Sequence[Sequence[int]
             "quantize": quantize, "inputs": inputs._asdict()}
 
 
-def claim(workdir: pathlib.Path, resolved: dict) -> None:
+def claim(workdir: storage.Path, resolved: dict) -> None:
     """Makes `workdir` this experiment's, or checks that it already is.
 
     Args:
@@ -54,32 +61,60 @@ def claim(workdir: pathlib.Path, resolved: dict) -> None:
         raise FileExistsError(f"{workdir} holds a sweep of several programs: continue it with python -m launch.sweep "
                               "--config=... --jobs=1, or choose another --workdir")
     if file.exists():
-        found = json.loads(file.read_text(encoding="utf-8"))["fingerprint"]
+        found = storage.read_json(file)["fingerprint"]
         if found != resolved["fingerprint"]:
             raise FileExistsError(f"{workdir} holds another experiment (fingerprint {found}, this one is "
                                   f"{resolved['fingerprint']}); choose another --workdir, or the configuration in its "
                                   "config.json to resume it")
         return
-    if workdir.exists() and any(workdir.iterdir()):
+    if storage.holds_something(workdir):
         raise FileExistsError(f"{workdir} is not empty and holds no config.json of an experiment; choose another "
                               "--workdir")
-    workdir.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(resolved, indent=2) + "\n", encoding="utf-8")
+    storage.write_json(file, resolved)
+
+
+def steps(folder: storage.Path) -> list[int]:
+    """Iterations of which `folder` holds a whole checkpoint, in order."""
+    if not folder.is_dir():
+        return []
+    found = [entry for entry in folder.iterdir() if entry.name.isdigit()]
+    whole = found if storage.is_local(folder) else [entry for entry in found if (entry / _COMMITTED).exists()]
+    return sorted(int(entry.name) for entry in whole)
 
 
 class Checkpoints:
     """The states of a run's programs by iteration, the last `keep` of them, written in the background; each with
-    `resolved`: the configuration, its fingerprint and the digests of base and references."""
+    `resolved`: the configuration, its fingerprint and the digests of base and references.
 
-    def __init__(self, folder: pathlib.Path, resolved: dict, keep: int):
-        self._resolved = resolved
+    Orbax knows local folders and gs://. For other stores it works in a local folder, and each checkpoint is copied.
+
+    Raises:
+        ValueError: several processes write to another store than gs://.
+    """
+
+    def __init__(self, folder: storage.Path, resolved: dict, keep: int):
+        self._resolved, self._keep, self._store, self._scratch = resolved, keep, None, None
+        if not _direct(folder):
+            if jax.process_count() > 1:
+                raise ValueError(f"{folder}: several processes write checkpoints together to a shared directory or to "
+                                 "gs://; choose another --workdir")
+            self._store, self._scratch = folder, tempfile.TemporaryDirectory(prefix="kl_reg-")
+            folder = pathlib.Path(self._scratch.name)
+            for step in steps(self._store)[-1:]:
+                storage.copy_tree(self._store / str(step), folder / str(step))
         options = ocp.CheckpointManagerOptions(max_to_keep=keep)
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        self._folder, self._manager = folder, ocp.CheckpointManager(storage.absolute(folder), options=options)
 
     def save(self, iteration: int, states: list) -> None:
         """Takes a copy and returns; the states may be donated afterwards."""
         self._manager.save(iteration, args=ocp.args.Composite(state=ocp.args.StandardSave(states),
                                                               config=ocp.args.JsonSave(self._resolved)))
+        if self._store is not None:
+            self._manager.wait_until_finished()
+            storage.copy_tree(self._folder / str(iteration), self._store / str(iteration))
+            storage.write_text(self._store / str(iteration) / _COMMITTED, "")
+            for old in steps(self._store)[:-self._keep]:
+                (self._store / str(old)).rmtree()
 
     def restore(self, states: list) -> list:
         """The latest states, or `states` themselves where nothing was saved."""
@@ -92,3 +127,25 @@ class Checkpoints:
         """Waits for what is being written."""
         self._manager.wait_until_finished()
         self._manager.close()
+        if self._scratch is not None:
+            self._scratch.cleanup()
+
+
+def read(folder: storage.Path, iteration: int) -> list:
+    """The states of a checkpoint, on the host."""
+    with contextlib.ExitStack() as stack:
+        if not _direct(folder):
+            scratch = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kl_reg-")))
+            storage.copy_tree(folder / str(iteration), scratch / str(iteration))
+            folder = scratch
+        handlers = {"state": ocp.StandardCheckpointHandler(), "config": ocp.JsonCheckpointHandler()}
+        manager = ocp.CheckpointManager(storage.absolute(folder), item_handlers=handlers)
+        here = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), manager.item_metadata(iteration).state)
+        stored = manager.restore(iteration, args=ocp.args.Composite(state=ocp.args.StandardRestore(here))).state
+        manager.close()
+        return stored
+
+
+def _direct(folder):
+    """Whether Orbax writes there by itself."""
+    return storage.is_local(folder) or str(folder).startswith("gs://")

@@ -1,7 +1,6 @@
 """A member of a run as a folder that other libraries load, with its model card."""
 from __future__ import annotations
 
-import json
 import pathlib
 import tempfile
 from typing import NamedTuple
@@ -9,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kl_reg import card, runs
+from kl_reg import card, runs, storage
 from kl_reg import config as configs
 from kl_reg.kl import budget
 from kl_reg.models import export as files
@@ -63,7 +62,7 @@ def export(name: str, out: pathlib.Path, iteration: int | None = None, *, adapte
     beside = "" if kind == "model" else "as asked for" if with_base else _beside(config, base)
     if kind == "adapter":
         files.adapted(base, member.params["adapter"])       # raises before anything is written
-    fingerprint = json.loads((address.workdir / "config.json").read_text(encoding="utf-8"))["fingerprint"]
+    fingerprint = storage.read_json(address.workdir / "config.json")["fingerprint"]
     facts = card.Facts(address, member, fingerprint, digest, kind, proposal, base, beside)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:

@@ -4,7 +4,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import json
-import pathlib
 import time
 from collections.abc import Iterator
 
@@ -16,6 +15,8 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.hparams import summary_v2
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+from kl_reg import storage
 
 _WINDOW = 5      # iterations that the best iterate is a mean over
 
@@ -82,11 +83,11 @@ def compilations() -> Iterator[list[str]]:
         jax.monitoring.unregister_event_duration_listener(listen)
 
 
-def best(file: pathlib.Path) -> dict:
+def best(file: storage.Path) -> dict:
     """The iteration of a `metrics.jsonl` with the highest return minus coefficient times KL, each a mean over _WINDOW
     iterations up to it: the best of many noisy batches alone would be the luckiest. Iterations without a judged episode
     have no return and are left out; where all are, the last one is given, with None as its return."""
-    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    lines = [json.loads(line) for line in storage.read_text(file).splitlines()]
     known = [line for line in lines if line["return"] is not None]
     if not known:
         return {"iteration": lines[-1]["iteration"], "return": None, **_means(lines[-1:], "kl/nats_per_episode")}
@@ -107,34 +108,40 @@ class MemberLog:
     Opened at `iteration` of a resumed run, it drops the lines of iterations that will be run again.
     """
 
-    def __init__(self, folder: pathlib.Path, hyper: dict, iteration: int, tensorboard: bool):
-        folder.mkdir(parents=True, exist_ok=True)
-        file = folder / "metrics.jsonl"
-        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)[:iteration] if file.exists() else []
-        file.write_text("".join(lines), encoding="utf-8")
-        self._file = open(file, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
-        self._events = EventFileWriter(str(folder / "tensorboard")) if tensorboard else None
-        if tensorboard and iteration:       # readers drop what an interrupted run wrote from here on
+    def __init__(self, folder: storage.Path, hyper: dict, iteration: int, tensorboard: bool):
+        self._lines, self._events = storage.Lines(folder / "metrics.jsonl", iteration), None
+        if not tensorboard:
+            return
+        self._folder = storage.Folder(folder / "tensorboard")
+        self._events = EventFileWriter(str(self._folder.here))
+        if iteration:       # readers drop what an interrupted run wrote from here on
             self._events.add_event(Event(wall_time=time.time(), step=iteration,
                                          session_log=SessionLog(status=SessionLog.START)))
-        elif tensorboard:
+        else:
             shown = {key: value if isinstance(value, (bool, int, float, str)) else str(value)
                      for key, value in hyper.items()}
             self._add(summary_v2.hparams_pb(shown), 0)
 
     def write(self, row: dict) -> None:
         """One iteration's metrics; None where a metric has no value."""
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
         if self._events:
             values = [Summary.Value(tag=name, simple_value=value) for name, value in row.items() if value is not None]
             self._add(Summary(value=values), row["iteration"])
+        self._lines.write(json.dumps(row))
+
+    def flush(self) -> None:
+        """Brings both to where others read them: in a store, a checkpoint needs the lines before it."""
+        self._lines.flush()
+        if self._events:
+            self._events.flush()
+            self._folder.flush()
 
     def _add(self, summary, step):
         self._events.add_event(Event(wall_time=time.time(), step=step, summary=summary))
 
     def close(self) -> None:
         """Flushes both."""
-        self._file.close()
+        self._lines.close()
         if self._events:
             self._events.close()
+            self._folder.close()

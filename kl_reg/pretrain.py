@@ -19,7 +19,7 @@ import optax
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
-from kl_reg import checkpoint, chitchat, pretrain_card
+from kl_reg import checkpoint, chitchat, pretrain_card, storage
 from kl_reg.analysis.price import Dialogue, price_of_script
 from kl_reg.analysis.stats import mean_and_error
 from kl_reg.metrics import progress_bar
@@ -153,8 +153,12 @@ def train(config: ConfigDict, workdir: pathlib.Path, command: str) -> list[pathl
         members = [{"folder": folder.name, "seed": card["seed"], "digest": folders.digest(folder),
                     "held_out_nats_per_token": card["nats_per_token"]} for folder, card in cards.items()]
         index = json.dumps({"bootstrap": config.bootstrap, "members": members}, indent=2)
-        pathlib.Path(config.output, "ensemble.json").write_text(index + "\n", encoding="utf-8")
+        (_output(config) / "ensemble.json").write_text(index + "\n", encoding="utf-8")
     return made
+
+
+def _output(config):
+    return storage.local(config.output, "config.output")
 
 
 def _tokenizer(config, train_set, workdir):
@@ -171,7 +175,7 @@ def _member(config, k, data, tok, workdir, command):
     """Member k, trained unless it is finished; `workdir` is that of all."""
     single, seed = config.members == 1, config.seed + k
     part, name = ("", "pretrain") if single else (str(k), f"member {k} ({k + 1} of {config.members})")
-    workdir, output = workdir / part, pathlib.Path(config.output) / part
+    workdir, output = workdir / part, _output(config) / part
     record, ended = workdir / "finished.json", {"steps": config.steps, "decay": config.decay}
     if record.exists() and (output / "card.json").exists() and (
             json.loads(record.read_text(encoding="utf-8")) == ended | {"digest": folders.digest(output)}):

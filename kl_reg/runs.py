@@ -2,16 +2,15 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import pathlib
 import re
 from typing import NamedTuple
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
+from kl_reg import checkpoint, storage
 from kl_reg import config as configs
 from kl_reg.models import folders
 
@@ -30,37 +29,38 @@ class Member(NamedTuple):
 class Address(NamedTuple):
     """RUN[:MEMBER][@ITERATION], as "runs/quickstart:3@40"; None: not given."""
 
-    workdir: pathlib.Path
+    workdir: storage.Path
     member: int | None
     iteration: int | None
 
 
 def parse(text: str) -> Address | None:
     """What `text` addresses; None where that is no run's directory."""
-    path, member, iteration = re.fullmatch(r"(.*?)(?::(\d+))?(?:@(\d+))?", text).groups()
-    file = pathlib.Path(path) / "config.json"
+    place, member, iteration = re.fullmatch(r"(.*?)(?::(\d+))?(?:@(\d+))?", text).groups()
+    workdir = storage.path(place)
+    file = workdir / "config.json"
     if not file.is_file() or not _has_fingerprint(file):
         return None
-    return Address(pathlib.Path(path), *(None if x is None else int(x) for x in (member, iteration)))
+    return Address(workdir, *(None if x is None else int(x) for x in (member, iteration)))
 
 
 def _has_fingerprint(file):
     """True if a config.json is that of a run; another one may be a model's, or no JSON."""
     try:
-        stored = json.loads(file.read_text(encoding="utf-8"))
+        stored = storage.read_json(file)
     except ValueError:
         return False
     return isinstance(stored, dict) and "fingerprint" in stored
 
 
-def config_of(workdir: pathlib.Path) -> ConfigDict:
+def config_of(workdir: storage.Path) -> ConfigDict:
     """The resolved configuration, settings that it lacks and those of the log at their defaults."""
     file = workdir / "config.json"
-    stored = json.loads(file.read_text(encoding="utf-8"))["config"]
+    stored = storage.read_json(file)["config"]
     return from_stored({key: value for key, value in stored.items() if key != "log"}, file)
 
 
-def from_stored(stored: dict, file: pathlib.Path) -> ConfigDict:
+def from_stored(stored: dict, file: storage.Path) -> ConfigDict:
     """The configuration that `file` holds as JSON.
 
     Raises:
@@ -78,38 +78,37 @@ def from_stored(stored: dict, file: pathlib.Path) -> ConfigDict:
     return config
 
 
-def check_base(workdir: pathlib.Path, folder: pathlib.Path) -> str:
+def check_base(workdir: storage.Path, folder: pathlib.Path) -> str:
     """The digest of the model in `folder`, on which the run was trained.
 
     Raises:
         ValueError: it was trained on another one.
     """
-    stored, digest = json.loads((workdir / "config.json").read_text(encoding="utf-8")), folders.digest(folder)
+    stored, digest = storage.read_json(workdir / "config.json"), folders.digest(folder)
     if "base" in stored and stored["base"] != digest:       # one that was written by hand may lack it
         raise ValueError(f"{workdir}: the run was trained on another model than the one that is in {folder} now")
     return digest
 
 
-def programs(workdir: pathlib.Path) -> list[tuple[pathlib.Path, list[int]]]:
+def programs(workdir: storage.Path) -> list[tuple[storage.Path, list[int]]]:
     """The directories of a sweep's programs, runs themselves, and the numbers of their members in the sweep; none where
     one process trained all of it."""
     file = workdir / "sweep.json"
     if not file.is_file():
         return []
-    numbers = json.loads(file.read_text(encoding="utf-8"))["programs"]
+    numbers = storage.read_json(file)["programs"]
     return [(workdir / f"programs/{i}", members) for i, members in enumerate(numbers)]
 
 
-def iterations(workdir: pathlib.Path) -> list[int]:
+def iterations(workdir: storage.Path) -> list[int]:
     """Iterations of which there is a checkpoint, in order; of all programs where there are several."""
     several = [set(iterations(folder)) for folder, _ in programs(workdir)]
     if several:
         return sorted(set.intersection(*several))
-    folder = workdir / "checkpoints"
-    return sorted(int(entry.name) for entry in folder.iterdir() if entry.name.isdigit()) if folder.is_dir() else []
+    return checkpoint.steps(workdir / "checkpoints")
 
 
-def load(workdir: pathlib.Path, iteration: int | None = None) -> list[Member]:
+def load(workdir: storage.Path, iteration: int | None = None) -> list[Member]:
     """All members at a checkpoint, the last one where no iteration is given.
 
     Raises:
@@ -128,11 +127,7 @@ def load(workdir: pathlib.Path, iteration: int | None = None) -> list[Member]:
         found = {number: member for folder, numbers in several
                  for number, member in zip(numbers, load(folder, iteration), strict=True)}
         return [found[number] for number in sorted(found)]
-    handlers = {"state": ocp.StandardCheckpointHandler(), "config": ocp.JsonCheckpointHandler()}
-    manager = ocp.CheckpointManager((workdir / "checkpoints").absolute(), item_handlers=handlers)
-    here = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), manager.item_metadata(iteration).state)    # on the host
-    stored = manager.restore(iteration, args=ocp.args.Composite(state=ocp.args.StandardRestore(here))).state
-    manager.close()
+    stored = checkpoint.read(workdir / "checkpoints", iteration)
     config, rows = config_of(workdir), {}
     for state, members in zip(stored, groups(config), strict=True):
         for i, (number, own) in enumerate(members):

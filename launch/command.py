@@ -5,6 +5,7 @@ import argparse
 import io
 import os
 import pathlib
+import re
 import sys
 import time
 
@@ -62,6 +63,7 @@ def accept_encodings() -> None:
 def parse(argv):
     """absl's flag parser; an unknown setting or a missing file of --config is one line and exit status 2."""
     accept_encodings()
+    argv = [re.sub("^(--?config=)(~.*)", lambda found: found[1] + os.path.expanduser(found[2]), word) for word in argv]
     if "--help" in argv:
         app.usage(shorthelp=True, writeto_stdout=True, exitcode=0)      # by itself absl ends it with 1
     try:
@@ -82,7 +84,8 @@ def _fail(error):
 def define():
     """--config and --workdir; --hosts, which `run` reads."""
     config = config_flags.DEFINE_config_file("config", None, "the experiment: a file of configs/", lock_config=True)
-    workdir = flags.DEFINE_string("workdir", None, "where everything is written; an earlier run there is resumed")
+    workdir = flags.DEFINE_string("workdir", None, "where everything is written, a directory or gs://bucket/folder; an "
+                                  "earlier run there is resumed")
     flags.DEFINE_string("hosts", None, "where several processes run this command together: auto, slurm, tpu, "
                         "kubernetes or mpi, or ADDRESS:PORT,COUNT,INDEX of this process; all see the workdir (default: "
                         "the variable KL_REG_HOSTS, or one process)")

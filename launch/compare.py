@@ -11,7 +11,6 @@ checkpoint), or a model as in model.path. docs/compare.md says which of the numb
 """
 from __future__ import annotations
 
-import json
 import pathlib
 import sys
 
@@ -31,7 +30,7 @@ def _arguments(argv):
     parser.add_argument("--episodes", type=int, default=128)
     parser.add_argument("--seed", type=int, help="of the sampling (default: that of the run's evaluation)")
     parser.add_argument("--steps", action="store_true", help="along all checkpoints of the run")
-    parser.add_argument("--out", type=pathlib.Path, help="the directory for compare.json and compare.png (default: "
+    parser.add_argument("--out", help="the directory for compare.json and compare.png (default: "
                         "RUN/compare/<names>, or ./compare without a run)")
     return parser.parse_args(argv)
 
@@ -42,15 +41,15 @@ def main(argv=None):
 
 def _run(argv):
     args = _arguments(argv)
-    from kl_reg import runs
+    from kl_reg import runs, storage
     from kl_reg.analysis import compare, divergence_figure
 
     report = compare.compare(args.a, args.b, args.on, args.episodes, args.seed, args.openings, args.steps)
     addresses = [runs.parse(args.a), runs.parse(args.b)]
     run = addresses[1] or addresses[0]
-    out = args.out or (run.workdir / "compare" / _name(addresses, args, report) if run else pathlib.Path("compare"))
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "compare.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    out = (storage.path(args.out or "compare") if args.out or not run
+           else run.workdir / "compare" / _name(addresses, args, report))
+    storage.write_json(out / "compare.json", report, allow_nan=False)
     shown = run, addresses[0] if addresses[1] else None
     settings = [compare.settings_of(address.workdir) if address else [] for address in shown]
     figure = divergence_figure.draw(report, *settings, out / "compare.png")

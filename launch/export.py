@@ -10,7 +10,6 @@ torch and transformers; README.md in it is a model card. docs/export.md says mor
 """
 from __future__ import annotations
 
-import pathlib
 import sys
 
 from launch import command
@@ -24,7 +23,7 @@ def _run(argv):
     parser = command.Parser("export", __doc__)
     parser.add_argument("run", metavar="RUN[:MEMBER][@ITERATION]", help="a run with one member needs no MEMBER; the "
                         "last checkpoint is the default")
-    parser.add_argument("--out", type=pathlib.Path, required=True, metavar="DIR", help="the folder to make")
+    parser.add_argument("--out", required=True, metavar="DIR", help="the folder to make")
     parser.add_argument("--step", type=int, metavar="ITERATION", help="another way to say @ITERATION")
     parser.add_argument("--adapter", action="store_true", help="of a lora: a PEFT adapter (default: merged weights)")
     parser.add_argument("--with-base", action="store_true", help="of an adapter or a head: a copy of the base in "
@@ -33,9 +32,10 @@ def _run(argv):
                         "no budget holds")
     parser.add_argument("--dtype", help="float32 or bfloat16 (default: the run's model.dtype)")
     args = parser.parse_args(argv)
+    from kl_reg import storage
     from kl_reg.export import export
 
-    done = export(args.run, args.out, args.step, adapter=args.adapter, with_base=args.with_base,
+    done = export(args.run, storage.local(args.out, "--out"), args.step, adapter=args.adapter, with_base=args.with_base,
                   proposal=args.proposal, dtype=args.dtype)
     base = f"base   {done.folder / 'base'}: {done.base}\n" * bool(done.base)
     print(f"{done.snippet}\n{done.kind:6} {done.folder}\n{base}card   {done.folder / 'README.md'}")

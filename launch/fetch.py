@@ -9,7 +9,6 @@ or Qwen3, or a model of the Hugging Face hub as ORG/NAME[@REVISION]. What is the
 """
 from __future__ import annotations
 
-import pathlib
 import sys
 
 from launch import command
@@ -22,13 +21,15 @@ def main(argv=None):
 def _run(argv):
     parser = command.Parser("fetch", __doc__)
     parser.add_argument("model", metavar="MODEL", help="smollm2, FILE.gguf, or ORG/NAME[@REVISION]")
-    parser.add_argument("--out", type=pathlib.Path, metavar="DIR",
+    parser.add_argument("--out", metavar="DIR",
                         help="the model folder to make (default: a cache, where model.path finds it by its name)")
     args = parser.parse_args(argv)
+    from kl_reg import storage
     from kl_reg.models.fetch import fetch
 
-    folder, before = fetch(args.model, args.out)
-    print(f"model  {folder}{' (there already)' * before}\nuse    --config.model.path={args.out or args.model}")
+    out = storage.local(args.out, "--out") if args.out else None
+    folder, before = fetch(args.model, out)
+    print(f"model  {folder}{' (there already)' * before}\nuse    --config.model.path={out or args.model}")
 
 
 if __name__ == "__main__":

@@ -8,8 +8,6 @@ base tilted by the reward, and samples of base and members, weighted, say what i
 """
 from __future__ import annotations
 
-import json
-import pathlib
 import sys
 
 from launch import command
@@ -24,7 +22,7 @@ def _arguments(argv):
     parser.add_argument("--beside", action="append", default=[], metavar="MODEL", help="another model of the same "
                         "vocabulary, as in model.path, held against the frontier, too; may be given several times")
     parser.add_argument("--seed", type=int, help="of the sampling (default: that of the run's evaluation)")
-    parser.add_argument("--out", type=pathlib.Path, help="the directory for optimal.json and optimal.png (default: "
+    parser.add_argument("--out", help="the directory for optimal.json and optimal.png (default: "
                         "RUN/optimal)")
     return parser.parse_args(argv)
 
@@ -36,13 +34,12 @@ def main(argv=None):
 def _run(argv):
     args = _arguments(argv)
     command.check_whole(args, episodes=2, seed=0)       # a standard error needs two
-    from kl_reg import runs
+    from kl_reg import runs, storage
     from kl_reg.analysis import efficiency, efficiency_figure
 
     report = efficiency.measure(args.run, args.episodes, args.seed, args.least, args.beside)
-    out = args.out or runs.parse(args.run).workdir / "optimal"
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "optimal.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    out = storage.path(args.out) if args.out else runs.parse(args.run).workdir / "optimal"
+    storage.write_json(out / "optimal.json", report, allow_nan=False)
     figure = efficiency_figure.draw(report, out / "optimal.png")
     _print(report)
     print(f"\nnumbers  {out / 'optimal.json'}\nfigure   {figure}")

@@ -10,7 +10,6 @@ Topologies: v4:2x2x1, v5e:8x8, v5p:4x4x4, v6e:4x4, 4*v5e:16x16 (four slices); h1
 not compiled. docs/scaling.md explains what is printed.
 """
 import os
-import pathlib
 import sys
 
 from absl import app, flags
@@ -34,6 +33,7 @@ def main(argv):
 
 def _plan(config):
     """The exit status."""
+    from kl_reg import storage
     from kl_reg.planning import accelerators, plan, report, search
 
     topology = accelerators.topology(TOPOLOGY.value)
@@ -56,7 +56,7 @@ def _plan(config):
     if len(plans) > 1:
         print(f"\nbest of these: {report.text_of(best.axes)}" + " fits" * best.fits + ", none fits" * (not best.fits))
     if JSON.value:
-        report.write(best, pathlib.Path(JSON.value))
+        report.write(best, storage.path(JSON.value))
     return 0 if best.fits else 1
 
 

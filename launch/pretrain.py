@@ -5,7 +5,6 @@
 With configs/pretrain_ensemble.py: an ensemble of imitators.
 """
 import json
-import pathlib
 import shlex
 import sys
 
@@ -20,10 +19,11 @@ flags.mark_flag_as_required("config")
 
 
 def main(argv):
-    from kl_reg import pretrain
+    from kl_reg import pretrain, storage
 
     call = shlex.join(["python", "-m", "launch.pretrain", *sys.argv[1:]])
-    folders = command.guarded(argv, lambda: pretrain.train(CONFIG.value, pathlib.Path(WORKDIR.value), call))
+    folders = command.guarded(argv, lambda: pretrain.train(
+        CONFIG.value, storage.local(WORKDIR.value, "--workdir"), call))
     for folder in folders:
         card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
         print(f"{folder}  {card['nats_per_token']:.3f} nats per token, held out")

@@ -10,8 +10,6 @@ In texts of this command \n stands for a newline. docs/price.md explains the res
 """
 from __future__ import annotations
 
-import json
-import pathlib
 import sys
 
 from launch import command
@@ -34,7 +32,7 @@ def _arguments(argv):
     opening = parser.add_mutually_exclusive_group()
     opening.add_argument("--opening", type=command.text, metavar="TEXT",
                          help="the transcript before the first scripted turn (default: four turns of small talk)")
-    opening.add_argument("--opening-file", type=pathlib.Path, metavar="FILE")
+    opening.add_argument("--opening-file", metavar="FILE")
     parser.add_argument("--teacher", type=command.text, default=" Teacher:", metavar="MARKER",
                         help="(default: ' Teacher:')")
     parser.add_argument("--student", type=command.text, default=" Student:", metavar="MARKER",
@@ -42,7 +40,7 @@ def _arguments(argv):
     parser.add_argument("--end", type=command.text, default="\n", metavar="MARKER", help=r"of a turn (default: '\n')")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=32, help="transcripts sampled at a time (default: 32)")
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("price"), metavar="DIR",
+    parser.add_argument("--out", default="price", metavar="DIR",
                         help="for price.json and price.png (default: ./price)")
     return parser.parse_args(argv)
 
@@ -54,28 +52,31 @@ def main(argv=None):
 def _run(argv):
     args = _arguments(argv)
     command.check_whole(args, seed=0)
+    from kl_reg import storage
     from kl_reg.analysis import price, price_figure
     from kl_reg.models import tokenizer, weights
 
     dialogue = price.Dialogue(args.teacher, args.student, args.end)
     opening = _opening(args, dialogue)
     scripts = args.script or [*SCRIPTS, price.random_letters(len("Good."), args.seed)]
-    model = weights.load(args.model, setting="--model")
-    args.out.mkdir(parents=True, exist_ok=True)
+    model, out = weights.load(args.model, setting="--model"), storage.path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
     prices = price.price_of_script(model, [opening], scripts, args.turns, args.episodes, args.seed, dialogue,
                                    args.max_reply, args.batch)
     report = {"model": args.model, **dialogue._asdict(), "opening": opening, "turns": args.turns, "seed": args.seed,
               "max_reply": args.max_reply, "scripts": price.report(prices, tokenizer.load(model.folder))}
-    (args.out / "price.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    storage.write_json(out / "price.json", report, allow_nan=False)
     _print(report)
     title = f"{args.model}: the teacher says the same in every turn, the student samples; {args.episodes} episodes"
-    figure = price_figure.draw(report["scripts"], title, args.out / "price.png")
-    print(f"\nnumbers  {args.out / 'price.json'}\nfigure   {figure}")
+    figure = price_figure.draw(report["scripts"], title, out / "price.png")
+    print(f"\nnumbers  {out / 'price.json'}\nfigure   {figure}")
 
 
 def _text(file):
+    from kl_reg import storage
+
     try:
-        return file.read_text(encoding="utf-8")
+        return storage.read_text(storage.path(file))
     except UnicodeDecodeError as error:
         raise ValueError(f"--opening-file={file} is not UTF-8: {error}") from None
 

@@ -5,7 +5,6 @@
 Resumes from the program's last checkpoint. What it prints is in WORKDIR/logs/3.txt; the program that ends last gathers
 the sweep.
 """
-import pathlib
 import signal
 import sys
 
@@ -18,7 +17,7 @@ def main(argv=None):
 
 def _run(argv):
     parser = command.Parser("program", __doc__)
-    parser.add_argument("workdir", type=pathlib.Path, help="the directory that `launch.sweep --workdir` was given")
+    parser.add_argument("workdir", help="the directory that `launch.sweep --workdir` was given")
     parser.add_argument("number", type=int, help="of the program: WORKDIR/sweep.json lists the members of each, from 0")
     args = parser.parse_args(argv)
     from kl_reg.sweeps import job

@@ -6,7 +6,6 @@ The page is WORKDIR/report.html (figures also in WORKDIR/figures/): reward again
 share a target, training curves, where in the episode and on which tokens the KL is spent, empty turns, a table of every
 run, and transcripts coloured by what each token cost.
 """
-import pathlib
 import sys
 
 from launch import command
@@ -18,7 +17,7 @@ def main(argv=None):
 
 def _run(argv):
     parser = command.Parser("report", __doc__)
-    parser.add_argument("workdir", type=pathlib.Path, help="the directory that `launch.sweep --workdir` was given")
+    parser.add_argument("workdir", help="the directory that `launch.sweep --workdir` was given")
     workdir = parser.parse_args(argv).workdir
     from kl_reg.analysis.report import write_report
 

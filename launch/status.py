@@ -7,7 +7,7 @@ Reads files only, so it may run anywhere that sees the directory, also of a run 
 """
 from __future__ import annotations
 
-import pathlib
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -28,7 +28,7 @@ def main(argv=None):
 
 def _run(argv):
     parser = command.Parser("status", __doc__)
-    parser.add_argument("workdir", type=pathlib.Path, help="the directory that `launch.sweep --workdir` was given")
+    parser.add_argument("workdir", help="the directory that `launch.sweep --workdir` was given")
     parser.add_argument("--once", action="store_true", help="print the table and end")
     parser.add_argument("--every", type=int, default=2, metavar="SECONDS", help="between two looks (default: 2)")
     args = parser.parse_args(argv)
@@ -44,7 +44,7 @@ def _run(argv):
         print(line)
 
 
-def follow(workdir: pathlib.Path, ended: Callable[[list], bool], every: int) -> None:
+def follow(workdir: str | os.PathLike, ended: Callable[[list], bool], every: int) -> None:
     """Shows the table until ended(rows); where there is no terminal, a line whenever a program's state changes."""
     from kl_reg.sweeps import progress
 
@@ -106,11 +106,12 @@ def table(rows: list) -> Table:
     return out
 
 
-def problems(workdir: pathlib.Path) -> list[str]:
+def problems(workdir: str | os.PathLike) -> list[str]:
     """Of each program that failed or was lost: why, and how its log ends."""
+    from kl_reg import storage
     from kl_reg.sweeps import plan, progress
 
-    if not (workdir / "sweep.json").is_file():
+    if not (storage.path(workdir) / "sweep.json").is_file():
         return []
     sweep, out = plan.read(workdir), []
     for number in sweep.missing():

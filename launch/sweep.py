@@ -11,7 +11,6 @@ of one, it is divided into programs, each in a directory of its own, and gathere
 kl_reg/config.py.
 """
 import importlib
-import pathlib
 import signal
 import sys
 
@@ -28,14 +27,20 @@ _GIVEN = options.define()
 
 
 def main(argv):
-    given, workdir = _GIVEN(), pathlib.Path(WORKDIR.value)
-    if (workdir / "sweep.json").is_file() or BACKEND.value != "local" or given != options.Options() \
-            or not WAIT.value:
-        sys.exit(command.guarded(argv, lambda: _divided(CONFIG.value, workdir, given)))
+    given = _GIVEN()
+    if BACKEND.value != "local" or given != options.Options() or not WAIT.value \
+            or command.guarded(argv, lambda: _is_divided(WORKDIR.value)):
+        sys.exit(command.guarded(argv, lambda: _divided(CONFIG.value, WORKDIR.value, given)))
     if DRY_RUN.value:
         command.guarded(argv, lambda: _describe_one(CONFIG.value))
     else:
         command.run(argv, CONFIG.value, WORKDIR.value)
+
+
+def _is_divided(workdir):
+    from kl_reg import storage
+
+    return (storage.path(workdir) / "sweep.json").is_file()
 
 
 def _describe_one(config):
@@ -67,7 +72,7 @@ def _divided(config, workdir, given):
     if numbers:
         started = backend.submit(sweep, numbers, given)
         if not WAIT.value:
-            print(f"follow   python -m launch.status {workdir}")
+            print(f"follow   python -m launch.status {sweep.workdir}")
             return 0
         _watch(sweep, numbers, started)
     return _close(sweep)
@@ -92,8 +97,7 @@ def _watch(sweep, numbers, started):
 
 def _close(sweep):
     """Gathers and reports; 1 where a program is missing."""
-    import json
-
+    from kl_reg import storage
     from kl_reg.sweeps import gather
 
     missing = sweep.missing()
@@ -101,8 +105,7 @@ def _close(sweep):
         print(line)
     if len(missing) < len(sweep.programs):
         report = gather.gather(sweep.workdir)
-        summary = json.loads((sweep.workdir / "summary.json").read_text(encoding="utf-8"))
-        command.print_summary(summary, sweep.workdir, report)
+        command.print_summary(storage.read_json(sweep.workdir / "summary.json"), sweep.workdir, report)
     if missing:
         print(f"\n{len(missing)} of {len(sweep.programs)} programs are missing: {', '.join(map(sweep.name, missing))}. "
               "The same command trains them and only them.", file=sys.stderr)

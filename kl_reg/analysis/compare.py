@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import json
-import pathlib
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from kl_reg import metrics, runs
+from kl_reg import metrics, runs, storage
 from kl_reg.analysis import sides
 from kl_reg.analysis.divergence import Writer, meanings, measure, summarise
 from kl_reg.analysis.settings import Setting, settings
@@ -165,15 +164,15 @@ def _policy(side, number):
     return {"member": number, "iteration": side.iteration, "setting": setting.label, "hyper": hyper}
 
 
-def setting_of(workdir: pathlib.Path, number: int) -> tuple[Setting, dict]:
+def setting_of(workdir: storage.Path, number: int) -> tuple[Setting, dict]:
     """The setting of a member of a run, and the member's own hyperparameters."""
     return next((setting, row["hyper"]) for setting in settings_of(workdir) for row in setting.members
                 if row["member"] == number)
 
 
-def settings_of(workdir: pathlib.Path) -> list[Setting]:
+def settings_of(workdir: storage.Path) -> list[Setting]:
     """The settings of a run, be it finished or not."""
-    config, stored = runs.config_of(workdir), json.loads((workdir / "config.json").read_text(encoding="utf-8"))
+    config, stored = runs.config_of(workdir), storage.read_json(workdir / "config.json")
     rows = [{"member": i, "hyper": hyper} for i, hyper in enumerate(sweep.hyper_of(config))]
     if "base" not in stored:        # written by hand, or by another program
         return settings(rows, config, "", {i: () for i in range(len(rows))})

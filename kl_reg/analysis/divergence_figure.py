@@ -1,7 +1,6 @@
 """The figure of a comparison: each quantity by position in the episode, by turn of the agent, and along a run."""
 from __future__ import annotations
 
-import pathlib
 from collections.abc import Sequence
 
 import matplotlib
@@ -9,6 +8,7 @@ import matplotlib.lines
 import matplotlib.ticker
 import numpy as np
 
+from kl_reg import storage
 from kl_reg.analysis.figures import STYLE, looks, new, save
 from kl_reg.analysis.settings import Setting
 
@@ -17,7 +17,7 @@ _MODEL = {"color": "#31688e", "linestyle": "-", "marker": "o"}
 _ROWS = ("per agent token, by position", "per episode, by turn", "per episode, along the run")
 
 
-def draw(report: dict, settings: Sequence[Setting], others: Sequence[Setting], path: pathlib.Path) -> pathlib.Path:
+def draw(report: dict, settings: Sequence[Setting], others: Sequence[Setting], path: storage.Path) -> storage.Path:
     """Writes the PNG. A line is a pair of policies, a colour the setting of the run's member, as in the run's report.
 
     Args:

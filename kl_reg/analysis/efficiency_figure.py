@@ -1,15 +1,14 @@
 """The figure of a run's policies beside the best that any policy could do at their KL."""
 from __future__ import annotations
 
-import pathlib
-
 import matplotlib
 import numpy as np
 
+from kl_reg import storage
 from kl_reg.analysis.figures import BASE, STYLE, new, save
 
 
-def draw(report: dict, path: pathlib.Path) -> pathlib.Path:
+def draw(report: dict, path: storage.Path) -> storage.Path:
     """Writes the PNG: the optimal frontier with its error, the members with their efficiencies, and best-of-n.
 
     Args:

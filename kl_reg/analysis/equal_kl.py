@@ -1,13 +1,13 @@
 """Which setting reaches more reward at equal KL: settings that aim at, or happen to lie at, the same target."""
 from __future__ import annotations
 
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import matplotlib
 import numpy as np
 
+from kl_reg import storage
 from kl_reg.analysis import figures, stats
 from kl_reg.analysis.recorded import rates
 from kl_reg.analysis.settings import Setting, kl_name
@@ -106,7 +106,7 @@ def _over_episodes(setting, key):
     return stats.mean_over_episodes(*columns)
 
 
-def draw(found: Sequence[Block], settings: Sequence[Setting], path: pathlib.Path) -> pathlib.Path:
+def draw(found: Sequence[Block], settings: Sequence[Setting], path: storage.Path) -> storage.Path:
     """Return and, beside it, the KL that was reached, of the ranked settings of each block.
 
     Args:

@@ -2,8 +2,8 @@
 ones from blue to pink, budgets in oranges, the base model black; line and marker tell apart what differs otherwise."""
 from __future__ import annotations
 
+import io
 import math
-import pathlib
 import textwrap
 from collections.abc import Sequence
 
@@ -15,6 +15,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from kl_reg import storage
 from kl_reg.analysis.frontier import INTERVALS, Point
 from kl_reg.analysis.settings import Setting, kl_name, warnings
 from kl_reg.analysis.stats import ByPosition, number, silent_rates
@@ -58,10 +59,11 @@ def new(width: float, height: float, shown: Sequence[Setting]) -> Figure:
     return figure
 
 
-def save(figure: Figure, path: pathlib.Path) -> pathlib.Path:
+def save(figure: Figure, path: storage.Path) -> storage.Path:
     """Writes the PNG."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Software": None})
+    data = io.BytesIO()
+    figure.savefig(data, metadata={"Software": None})
+    storage.write_bytes(path, data.getvalue())
     return path
 
 
@@ -70,7 +72,7 @@ def plain(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def draw_frontier(points: Sequence[Point], base: dict, path: pathlib.Path) -> pathlib.Path:
+def draw_frontier(points: Sequence[Point], base: dict, path: storage.Path) -> storage.Path:
     """Return per episode against nats per episode; the base's return with a band of its standard error.
 
     Args:
@@ -165,7 +167,7 @@ def legend(figure: Figure, settings: Sequence[Setting]) -> None:
     figure.legend(handles, labels, loc="outside upper left", ncols=columns, handlelength=2.6)
 
 
-def draw_training(settings: Sequence[Setting], curves: dict[int, list[dict]], path: pathlib.Path) -> pathlib.Path:
+def draw_training(settings: Sequence[Setting], curves: dict[int, list[dict]], path: storage.Path) -> storage.Path:
     """Metrics against iteration: a thin line a seed, a thick one for their mean; targets and budgets dotted.
 
     Args:
@@ -224,7 +226,7 @@ def curve(axes, runs: Sequence[list[dict]], key: str, style: dict) -> None:
     axes.plot([r["iteration"] for r in runs[0][:common]], values.mean(0), lw=1.9, **style)
 
 
-def draw_positions(settings: Sequence[Setting], parts: Sequence[ByPosition], path: pathlib.Path) -> pathlib.Path:
+def draw_positions(settings: Sequence[Setting], parts: Sequence[ByPosition], path: storage.Path) -> storage.Path:
     """Where in the episode the KL is spent: by agent token, by position, cumulated, by turn of the agent."""
     with matplotlib.rc_context(STYLE):
         figure = new(10.4, 6.6, settings)
@@ -256,7 +258,7 @@ def _isolated(y):
 
 
 def draw_empty_turns(rows: Sequence[tuple[str, object, dict[str, list[tuple[float, float]]]]],
-                     settings: Sequence[Setting], path: pathlib.Path) -> pathlib.Path:
+                     settings: Sequence[Setting], path: storage.Path) -> storage.Path:
     """Share of empty turns, teacher and student side by side.
 
     Args:

@@ -2,19 +2,19 @@
 from __future__ import annotations
 
 import math
-import pathlib
 from collections.abc import Sequence
 
 import matplotlib
 import matplotlib.ticker
 import numpy as np
 
+from kl_reg import storage
 from kl_reg.analysis.figures import STYLE, new, plain, save
 
 BUDGETS = (10.0, 20.0)      # the paper's, nats per episode
 
 
-def draw(scripts: Sequence[dict], title: str, path: pathlib.Path) -> pathlib.Path:
+def draw(scripts: Sequence[dict], title: str, path: storage.Path) -> storage.Path:
     """Writes the PNG: a line a script with its 95% interval.
 
     Args:

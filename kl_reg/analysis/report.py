@@ -3,10 +3,11 @@ from __future__ import annotations
 
 import base64
 import functools
-import pathlib
+import os
 
 import numpy as np
 
+from kl_reg import storage
 from kl_reg.analysis import equal_kl, figures, frontier, silence, stats, tables, transcripts
 from kl_reg.analysis.saved import Sweep, read
 from kl_reg.analysis.settings import kl_name, warnings
@@ -16,20 +17,20 @@ from kl_reg.models import tokenizer
 SHOWN_EPISODES = 4
 
 
-def write_report(workdir: pathlib.Path) -> pathlib.Path:
+def write_report(workdir: str | os.PathLike) -> storage.Path:
     """Writes `report.html` and `figures/*.png` from the files that a sweep left in `workdir`; the page's path.
 
     Raises:
         FileNotFoundError: a file is missing (named, with what writes it).
         ValueError: a file does not hold what it should (named, with what was expected).
     """
-    sweep = read(pathlib.Path(workdir))
-    page = pathlib.Path(workdir) / "report.html"
-    page.write_text(_page(sweep, page.parent / "figures"), encoding="utf-8")
+    workdir = storage.path(workdir)
+    sweep, page = read(workdir), workdir / "report.html"
+    storage.write_text(page, _page(sweep, workdir / "figures"))
     return page
 
 
-def _page(sweep: Sweep, folder: pathlib.Path) -> str:
+def _page(sweep: Sweep, folder: storage.Path) -> str:
     """Draws the figures into `folder` and puts the page together."""
     points, base = frontier.points(sweep.settings), sweep.base["final"]
     positions = {m["member"]: _positions(sweep.evaluations[m["member"]]) for s in sweep.settings for m in s.members}

@@ -1,6 +1,7 @@
 """What a sweep left in its directory, read and checked."""
 from __future__ import annotations
 
+import io
 import json
 import pathlib
 from typing import NamedTuple
@@ -8,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from kl_reg import runs
+from kl_reg import runs, storage
 from kl_reg.analysis.figures import CURVES
 from kl_reg.analysis.settings import Setting, settings
 from kl_reg.models import folders
@@ -47,7 +48,7 @@ class Sweep(NamedTuple):
         return {seed: base["returns"][base[SEEDS] == seed] if self.independent else base["returns"] for seed in seeds}
 
 
-def read(workdir: pathlib.Path) -> Sweep:
+def read(workdir: storage.Path) -> Sweep:
     """Reads and checks what a sweep wrote.
 
     Raises:
@@ -108,7 +109,7 @@ def _present(file):
 
 def _json(file):
     try:
-        return json.loads(_present(file).read_text(encoding="utf-8"))
+        return storage.read_json(_present(file))
     except json.JSONDecodeError as error:
         raise ValueError(f"{file} is not JSON: {error}") from None
 
@@ -121,7 +122,7 @@ def _need(file, row, keys):
 
 def _lines(file):
     rows = []
-    for i, line in enumerate(_present(file).read_text(encoding="utf-8").splitlines(), 1):
+    for i, line in enumerate(storage.read_text(_present(file)).splitlines(), 1):
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError as error:
@@ -133,7 +134,7 @@ def _lines(file):
 
 
 def _arrays(file):
-    with np.load(_present(file)) as stored:
+    with np.load(io.BytesIO(_present(file).read_bytes())) as stored:
         _need(file, dict.fromkeys(stored.files), ARRAYS)
         arrays = {key: stored[key] for key in (*ARRAYS, SEEDS) if key in stored.files}
     shape = arrays["tokens"].shape

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -14,7 +13,7 @@ from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
 from kl_reg import config as configs
-from kl_reg import losses, rollout, runs
+from kl_reg import losses, rollout, runs, storage
 from kl_reg.models import decoder, policies, quantize, reference, tokenizer, weights
 from kl_reg.models.actor import Situation
 from kl_reg.models.finetuned import TwinFeatures
@@ -126,7 +125,7 @@ def same_vocabulary(names: tuple[str, str], models: Sequence[weights.Model]) -> 
 
 
 def _open_run(name, address, config, model, openings, batch):
-    stored = json.loads((address.workdir / "config.json").read_text(encoding="utf-8"))
+    stored = storage.read_json(address.workdir / "config.json")
     runs.check_base(address.workdir, model.folder)
     if openings == "held_out":
         _held_out_openings(config, model)

@@ -8,7 +8,6 @@ import datetime
 import decimal
 import hashlib
 import json
-import pathlib
 import re
 import warnings
 from collections.abc import Iterable, Sequence
@@ -17,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
+from kl_reg import storage
 from kl_reg.envs import messages
 from kl_reg.models import tokenizer as text
 from kl_reg.registry import Registry
@@ -87,7 +87,10 @@ def read(config: ConfigDict) -> Rows:
             has prompts of no kind or of several.
         ImportError: a dataset, and `datasets` is not installed.
     """
-    path = pathlib.Path(config.openings)
+    try:
+        path = storage.path(config.openings)
+    except (ImportError, ValueError) as error:
+        raise type(error)(f"env.openings={config.openings!r}: {error}; choose {_ACCEPTED}") from None
     if path.suffix in (".txt", ".jsonl") and not path.is_dir():
         rows = [(f"line {number}", {config.column: line} if path.suffix == ".txt" else _object(config, number, line))
                 for number, line in _lines(config, path) if line.strip()]
@@ -112,12 +115,13 @@ def _is_hub(config, path):
 
 def _lines(config, path):
     try:
-        content = path.read_text("utf-8-sig")
+        content = path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
         raise FileNotFoundError(f"env.openings={config.openings!r}: there is no such file") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"env.openings={config.openings!r} is not UTF-8: {error}") from None
-    return enumerate(content.split("\n"), start=1)      # `splitlines` also splits at what JSON has inside a string
+    lines = content.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    return enumerate(lines, start=1)        # `splitlines` also splits at what JSON has inside a string
 
 
 def _object(config, number, line):

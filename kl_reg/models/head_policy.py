@@ -105,13 +105,14 @@ def load(folder: str | pathlib.Path, base: str | pathlib.Path | None = None, dty
     Raises:
         ValueError: the base's weights are not those that the head was trained on.
     """
-    folder = pathlib.Path(folder)
+    folder = pathlib.Path(folder).expanduser()
     settings = json.loads((folder / "head.json").read_text(encoding="utf-8"))
     known, options = settings["base"], {"dtype": dtype or settings["dtype"]}
     if base is None and known["revision"]:
         place, options["revision"] = known["path"], known["revision"]
     else:
-        place = folder / known["path"] if base is None else pathlib.Path(base)      # known["path"] may be absolute
+        there = known["path"] if base is None else pathlib.Path(base).expanduser().absolute()
+        place = folder / there      # known["path"] may be absolute, too
         if _digest(place) != known["digest"].split("-")[0]:
             raise ValueError(f"{place} does not hold the weights that this head was trained on")
     model = AutoModelForCausalLM.from_pretrained(place, **options).to(device).eval()

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from kl_reg import config as configs
-from kl_reg import rollout, runs, validation
+from kl_reg import rollout, runs, storage, validation
 from kl_reg.models import configuration, decoder, families, folders, quantize, weights
 from kl_reg.planning import flops
 from kl_reg.training import program, scoring, sweep
@@ -155,7 +155,7 @@ def _place(setting, path, folder) -> tuple[str, bool]:
     """A folder with all that a model has, but for the content of its weights; and whether the tokenizer is its own."""
     if path in ("embedded", *folders.PACKAGED):
         return path, True
-    own = pathlib.Path(path)
+    own = storage.local(path, setting)
     if own.is_dir():
         try:
             folders.check(own, path)

@@ -1,12 +1,10 @@
 """A plan as text and as JSON."""
 from __future__ import annotations
 
-import json
-import pathlib
-
 from rich.console import Console
 from rich.table import Table
 
+from kl_reg import storage
 from kl_reg.planning import estimate
 from kl_reg.planning.accelerators import GIB, Topology
 from kl_reg.planning.plan import Plan, ProgramPlan, StagePlan, excess
@@ -99,6 +97,6 @@ def as_json(plan: Plan) -> dict:
                          for own in plan.programs]}
 
 
-def write(plan: Plan, file: pathlib.Path) -> None:
+def write(plan: Plan, file: storage.Path) -> None:
     """As JSON."""
-    file.write_text(json.dumps(as_json(plan), indent=2) + "\n", encoding="utf-8")
+    storage.write_json(file, as_json(plan))

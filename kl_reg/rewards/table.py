@@ -3,9 +3,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import pathlib
+import io
 
 import numpy as np
+
+from kl_reg import storage
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -47,10 +49,11 @@ def table(path: str) -> TableReward:
         FileNotFoundError: there is no such file.
         ValueError: it holds no array of finite numbers, or its axes differ in length.
     """
-    if not pathlib.Path(path).is_file():
+    file = storage.path(path)
+    if not file.is_file():
         raise FileNotFoundError(f"reward.path={path!r}: there is no such file; give the .npy file of a table")
     try:
-        values = np.load(path, allow_pickle=False)
+        values = np.load(io.BytesIO(file.read_bytes()), allow_pickle=False)
     except (EOFError, OSError, ValueError) as error:
         raise ValueError(f"reward.path={path!r} is no .npy file: {error}") from None
     if not isinstance(values, np.ndarray) or values.dtype.kind not in "biuf" or not np.isfinite(values).all():

@@ -1,13 +1,11 @@
 """What the programs of a sweep left, as one run: the directory that report, compare and optimal read."""
 from __future__ import annotations
 
-import json
-import pathlib
-import shutil
+import os
 
 import numpy as np
 
-from kl_reg import checkpoint, runs
+from kl_reg import checkpoint, runs, storage
 from kl_reg.analysis import report
 from kl_reg.analysis.recorded import pooled
 from kl_reg.sweeps import plan
@@ -15,7 +13,7 @@ from kl_reg.training.evaluate import seeds_of
 from kl_reg.training.sweep import hyper_of
 
 
-def gather(workdir: pathlib.Path) -> pathlib.Path:
+def gather(workdir: str | os.PathLike) -> storage.Path:
     """Writes config.json, members/<k>/, summary.json and the report of all programs that are done; the report's path.
 
     Checkpoints stay with the programs. The base's row is over the evaluations of all seeds, each that of the first
@@ -30,16 +28,15 @@ def gather(workdir: pathlib.Path) -> pathlib.Path:
         done = [number for number in range(len(sweep.programs)) if sweep.done(number)]
         if not done:
             raise FileNotFoundError(f"{workdir}: no program of the sweep has ended")
-        plan.write_json(sweep.workdir / "config.json", _describe(sweep, done))
-        summaries = {number: json.loads((sweep.folder(number) / "summary.json").read_text(encoding="utf-8"))
-                     for number in done}
+        storage.write_json(sweep.workdir / "config.json", _describe(sweep, done))
+        summaries = {number: storage.read_json(sweep.folder(number) / "summary.json") for number in done}
         hypers, rows = hyper_of(sweep.config), {-1: _base(sweep, {number: own[0] for number, own in summaries.items()})}
         for number, (_, *own) in summaries.items():
             for row, member in zip(own, sweep.programs[number], strict=True):
-                shutil.copytree(sweep.folder(number) / f"members/{row['member']}", sweep.workdir / f"members/{member}",
-                                dirs_exist_ok=True)
+                storage.copy_tree(sweep.folder(number) / f"members/{row['member']}",
+                                  sweep.workdir / f"members/{member}")
                 rows[member] = row | {"member": member, "hyper": hypers[member]}
-        plan.write_json(sweep.workdir / "summary.json", [rows[member] for member in sorted(rows)])
+        storage.write_json(sweep.workdir / "summary.json", [rows[member] for member in sorted(rows)])
         return report.write_report(sweep.workdir)
 
 
@@ -55,18 +52,17 @@ def _base(sweep, rows):
     finals, parts = {}, []
     for seed in (str(seed) for seed in seeds_of(sweep.config) if str(seed) in programs):
         finals[seed] = rows[programs[seed]]["by_seed"][seed]
-        with np.load(sweep.folder(programs[seed]) / "members/base/evaluation.npz") as arrays:
-            parts.append({name: arrays[name][arrays["seeds"] == int(seed)] for name in arrays.files})
-    folder = sweep.workdir / "members/base"
-    folder.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(folder / "evaluation.npz", **{name: np.concatenate([part[name] for part in parts])
-                                                      for name in parts[0]})
+        file = sweep.folder(programs[seed]) / "members/base/evaluation.npz"
+        arrays = storage.read_arrays(file)
+        parts.append({name: values[arrays["seeds"] == int(seed)] for name, values in arrays.items()})
+    storage.write_arrays(sweep.workdir / "members/base/evaluation.npz",
+                         {name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
     return {"member": "base", "hyper": {}, "final": pooled(list(finals.values())), "by_seed": finals}
 
 
 def _describe(sweep, done):
     """config.json as one process would have written it."""
-    stored = {number: json.loads((sweep.folder(number) / "config.json").read_text(encoding="utf-8")) for number in done}
+    stored = {number: storage.read_json(sweep.folder(number) / "config.json") for number in done}
     first = stored[done[0]]["inputs"]
     for number in done:
         for key in ("base", "rewards", "environment", "student"):

@@ -3,13 +3,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pathlib
 import socket
 import sys
 import time
 import traceback
 from collections.abc import Iterator
 
+from kl_reg import storage
 from kl_reg.sweeps import gather, plan
 
 
@@ -17,7 +17,7 @@ class ProgramFailed(RuntimeError):
     """Its error is in the program's log, with where it came from."""
 
 
-def run(workdir: pathlib.Path, number: int) -> None:
+def run(workdir: str | os.PathLike, number: int) -> None:
     """Trains and evaluates one program from where its checkpoints are; what is printed goes to its log. The one that
     ends last gathers the sweep. Where several processes run a program together (`hosts.join`), the first keeps its
     record.
@@ -53,7 +53,7 @@ def busy(sweep: plan.Sweep, number: int) -> str:
 
 def record(sweep: plan.Sweep, number: int, state: str, **facts) -> None:
     """Says of a program how it stands, for who looks: logs/<number>.json."""
-    plan.write_json(sweep.workdir / f"logs/{number}.json", {"state": state, "time": time.time(), **facts})
+    storage.write_json(sweep.workdir / f"logs/{number}.json", {"state": state, "time": time.time(), **facts})
 
 
 def _train(sweep, number):
@@ -82,13 +82,14 @@ def _line(error):
 
 
 @contextlib.contextmanager
-def _into(file: pathlib.Path) -> Iterator[None]:
+def _into(file: storage.Path) -> Iterator[None]:
     """Within, what this process and those that it starts write to stdout and stderr is appended to `file`."""
     kept = [os.dup(1), os.dup(2)]
     sys.stdout.flush()
     sys.stderr.flush()
     try:
-        with open(file, "a", buffering=1, encoding="utf-8", errors="replace") as target, \
+        with storage.appended(file) as here, \
+                open(here, "a", buffering=1, encoding="utf-8", errors="replace") as target, \
                 contextlib.redirect_stdout(target), contextlib.redirect_stderr(target):
             os.dup2(target.fileno(), 1)
             os.dup2(target.fileno(), 2)

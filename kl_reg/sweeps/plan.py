@@ -5,28 +5,27 @@ import contextlib
 import fcntl
 import json
 import os
-import pathlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
 from kl_reg import config as configs
-from kl_reg import runs, validation
+from kl_reg import runs, storage, validation
 
 
 class Sweep(NamedTuple):
     """A sweep of several programs. `programs`: the numbers of each one's members, which share all static settings."""
 
-    workdir: pathlib.Path
+    workdir: storage.Path
     config: ConfigDict
     programs: list[list[int]]
 
-    def folder(self, number: int) -> pathlib.Path:
+    def folder(self, number: int) -> storage.Path:
         """The program's directory, that of an ordinary run."""
         return self.workdir / f"programs/{number}"
 
-    def log(self, number: int) -> pathlib.Path:
+    def log(self, number: int) -> storage.Path:
         """What the program printed, in all its attempts."""
         return self.workdir / f"logs/{number}.txt"
 
@@ -65,7 +64,7 @@ def divide(config: ConfigDict, members_per_job: int | None = None) -> list[list[
             for i in range(0, len(own), members_per_job or len(own))]
 
 
-def plan(config: ConfigDict, workdir: str | pathlib.Path, members_per_job: int | None = None) -> Sweep:
+def plan(config: ConfigDict, workdir: str | os.PathLike, members_per_job: int | None = None) -> Sweep:
     """A sweep in a directory; writes nothing. One that holds the same sweep keeps its division.
 
     Raises:
@@ -73,13 +72,13 @@ def plan(config: ConfigDict, workdir: str | pathlib.Path, members_per_job: int |
         FileNotFoundError: the model folder is missing.
         FileExistsError: the directory holds something else.
     """
-    config, workdir = config.copy_and_resolve_references(), pathlib.Path(workdir)
+    config, workdir = config.copy_and_resolve_references(), storage.path(workdir)
     programs = divide(config, members_per_job)
     if not (workdir / "sweep.json").is_file():
         if (workdir / "config.json").is_file():
             raise FileExistsError(f"{workdir} holds a run of one process; continue it with the default --backend=local "
                                   "and none of its options, or choose another --workdir")
-        if workdir.exists() and any(workdir.iterdir()):
+        if storage.holds_something(workdir):
             raise FileExistsError(f"{workdir} is not empty and holds no sweep.json; choose another --workdir")
         return Sweep(workdir, config, programs)
     found = read(workdir)
@@ -96,21 +95,22 @@ def plan(config: ConfigDict, workdir: str | pathlib.Path, members_per_job: int |
 def write(sweep: Sweep) -> None:
     """Makes the directory this sweep's."""
     (sweep.workdir / "logs").mkdir(parents=True, exist_ok=True)
-    write_json(sweep.workdir / "sweep.json", {"config": json.loads(sweep.config.to_json()), "programs": sweep.programs})
+    storage.write_json(sweep.workdir / "sweep.json",
+                       {"config": json.loads(sweep.config.to_json()), "programs": sweep.programs})
 
 
-def read(workdir: str | pathlib.Path) -> Sweep:
+def read(workdir: str | os.PathLike) -> Sweep:
     """The sweep of a directory.
 
     Raises:
         FileNotFoundError: it holds none that is divided.
     """
-    workdir = pathlib.Path(workdir)
+    workdir = storage.path(workdir)
     file = workdir / "sweep.json"
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing: python -m launch.sweep with --jobs, --members_per_job or another "
                                 "--backend than local writes it")
-    stored = json.loads(file.read_text(encoding="utf-8"))
+    stored = storage.read_json(file)
     return Sweep(workdir, runs.from_stored(stored["config"], file), stored["programs"])
 
 
@@ -122,21 +122,17 @@ def config_of(sweep: Sweep, number: int) -> ConfigDict:
     return config
 
 
-def write_json(file: pathlib.Path, value) -> None:
-    """Whole or not at all, for readers that look meanwhile."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    new = file.with_name(f".{file.name}.{os.getpid()}")
-    new.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    new.replace(file)
-
-
 @contextlib.contextmanager
-def locked(file: pathlib.Path, otherwise: str | None = None) -> Iterator[None]:
-    """Within, no other process is in here; the system frees it when a process dies.
+def locked(file: storage.Path, otherwise: str | None = None) -> Iterator[None]:
+    """Within, no other process is in here; the system frees it when a process dies. A store has no locks: there it is
+    up to whoever starts the processes.
 
     Raises:
         BlockingIOError: `otherwise`, if that is given and another one is; else this waits.
     """
+    if not storage.is_local(file):
+        yield
+        return
     file.parent.mkdir(parents=True, exist_ok=True)
     with open(file, "a", encoding="utf-8") as handle:
         try:

@@ -3,13 +3,11 @@ from __future__ import annotations
 
 import json
 import os
-import pathlib
 import socket
-import time
 from typing import NamedTuple
 
 from kl_reg import config as configs
-from kl_reg import runs
+from kl_reg import runs, storage
 from kl_reg.sweeps import plan
 
 OVER = ("done", "failed", "lost")
@@ -33,13 +31,13 @@ class Row(NamedTuple):
     seconds: float | None
 
 
-def rows(workdir: str | pathlib.Path) -> list[Row]:
+def rows(workdir: str | os.PathLike) -> list[Row]:
     """All members in order.
 
     Raises:
         FileNotFoundError: the directory holds no run.
     """
-    workdir = pathlib.Path(workdir)
+    workdir = storage.path(workdir)
     if (workdir / "sweep.json").is_file():
         sweep = plan.read(workdir)
         parts = [(number, sweep.folder(number), state(sweep, number), own) for number, own in enumerate(sweep.programs)]
@@ -62,7 +60,7 @@ def rows(workdir: str | pathlib.Path) -> list[Row]:
 def recorded(sweep: plan.Sweep, number: int) -> dict:
     """What `job.record` wrote last of a program."""
     file = sweep.workdir / f"logs/{number}.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"state": "waiting"}
+    return storage.read_json(file) if file.is_file() else {"state": "waiting"}
 
 
 def state(sweep: plan.Sweep, number: int) -> str:
@@ -87,20 +85,14 @@ def _alive(pid):
 def log_end(sweep: plan.Sweep, number: int, lines: int = 15) -> list[str]:
     """The last lines that a program printed."""
     file = sweep.log(number)
-    return _tail(file).decode(errors="replace").splitlines()[-lines:] if file.is_file() else []
-
-
-def _tail(file):
-    with open(file, "rb") as handle:
-        handle.seek(max(0, os.fstat(handle.fileno()).st_size - _TAIL))
-        return handle.read()
+    return storage.tail(file, _TAIL).decode(errors="replace").splitlines()[-lines:] if file.is_file() else []
 
 
 def _last(file):
     """The newest whole line, and how old it is."""
     if not file.is_file():
         return {}, None
-    whole = [line for line in _tail(file).split(b"\n")[:-1] if line.startswith(b"{")]
+    whole = [line for line in storage.tail(file, _TAIL).split(b"\n")[:-1] if line.startswith(b"{")]
     if not whole:
         return {}, None
-    return json.loads(whole[-1]), time.time() - file.stat().st_mtime
+    return json.loads(whole[-1]), storage.age(file)

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import math
-import pathlib
 from collections.abc import Sequence
 from functools import partial
 
@@ -10,7 +9,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from kl_reg import hosts, metrics, parallel, rollout
+from kl_reg import hosts, metrics, parallel, rollout, storage
 from kl_reg.analysis.recorded import ledger, pooled
 from kl_reg.models import weights
 from kl_reg.training import sweep
@@ -19,7 +18,7 @@ from kl_reg.types import Episodes
 
 
 def evaluate(config: ConfigDict, groups: Sequence[sweep.Group], states: Sequence, model: weights.Model, judges: Judges,
-             workdir: pathlib.Path) -> list[dict]:
+             workdir: storage.Path) -> list[dict]:
     """Evaluates the base and every member; writes evaluation.npz of each and returns the summary's rows.
 
     An episode is drawn with a key of `evaluation.seed`, the member's seed and the episode's index: members that differ
@@ -106,5 +105,4 @@ def _final(group, episodes, judges, seed):
 
 def _write(folder, arrays):
     if hosts.writes():
-        folder.mkdir(parents=True, exist_ok=True)
-        np.savez_compressed(folder / "evaluation.npz", **arrays)
+        storage.write_arrays(folder / "evaluation.npz", arrays)

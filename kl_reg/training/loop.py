@@ -1,8 +1,7 @@
 """The loop around the pure step: all input and output of a training run."""
 from __future__ import annotations
 
-import json
-import pathlib
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -12,7 +11,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from kl_reg import checkpoint, hosts, metrics, parallel, rewards, rollout, validation
+from kl_reg import checkpoint, hosts, metrics, parallel, rewards, rollout, storage, validation
 from kl_reg import config as configs
 from kl_reg.analysis import report, stats
 from kl_reg.analysis.recorded import objective
@@ -29,13 +28,13 @@ class Result(NamedTuple):
 
     summary: list[dict]
     params: list
-    workdir: pathlib.Path
-    report: pathlib.Path
+    workdir: storage.Path
+    report: storage.Path
     tokens_per_second: float | None
 
 
 def train(config: ConfigDict, reward_fn: Callable | Sequence[Callable] | None = None,
-          workdir: str | pathlib.Path = "runs/latest", loss_fn: Callable | None = None,
+          workdir: str | os.PathLike = "runs/latest", loss_fn: Callable | None = None,
           began: float | None = None) -> Result:
     """Trains all members of `config.sweep` (one, if it is empty), evaluates them and the base, and writes the report.
 
@@ -45,7 +44,8 @@ def train(config: ConfigDict, reward_fn: Callable | Sequence[Callable] | None = 
         config: from `kl_reg.config.default()`.
         reward_fn: instead of `config.reward`: fn(prompts, completions, completion_ids, **columns) ->
             list[float | None], sync or async, called with what the environment has scored; or several, to be added up.
-        workdir: for config.json, members/<k>/, checkpoints/, summary.json, figures/ and report.html.
+        workdir: for config.json, members/<k>/, checkpoints/, summary.json, figures/ and report.html: a local path, or
+            an address as gs://bucket/folder (docs/guide.md).
         loss_fn: instead of `config.rl.loss`: fn(log_prob, old_log_prob, advantage, mask, hyper) -> [k], of one stream.
         began: `time.monotonic()` from which the time to the first update counts that is printed; None: now.
 
@@ -55,7 +55,7 @@ def train(config: ConfigDict, reward_fn: Callable | Sequence[Callable] | None = 
         FileExistsError: `workdir` holds another experiment.
     """
     began = time.monotonic() if began is None else began
-    config = config.copy_and_resolve_references()
+    config, workdir = config.copy_and_resolve_references(), storage.path(workdir)
     weighted, nan = config.reward.weights, config.reward.nan
     if reward_fn is not None:                   # whatever else was named is not used
         if not config.reward.gold:
@@ -74,7 +74,6 @@ def train(config: ConfigDict, reward_fn: Callable | Sequence[Callable] | None = 
         config.reward.name, config.reward.weights = rewards.sources(judges.reward), weighted
     if loss_fn is not None:
         config.rl.loss = name_of(loss_fn)
-    workdir = pathlib.Path(workdir)
     mesh = parallel.mesh_for(config.parallel)
     model, rounding = weights.load(config.model.path, config.model.dtype, parallel.sharding_of(mesh)), None
     if config.model.quantize:
@@ -108,7 +107,7 @@ def train(config: ConfigDict, reward_fn: Callable | Sequence[Callable] | None = 
 
 
 def _report(workdir, summary):
-    (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    storage.write_json(workdir / "summary.json", summary)
     return report.write_report(workdir)
 
 
@@ -144,6 +143,8 @@ def _iterate(config, groups, states, judges, workdir, saved, start):
                      for name in ("return", "kl/nats_per_episode")}
             bar.step(**shown, **{"tokens/s": rates[-1]})
             if (iteration + 1) % config.checkpoint.every == 0 or iteration + 1 == config.rl.iterations:
+                for log in logs:
+                    log.flush()
                 saved.save(iteration + 1, states)
     for log in logs:
         log.close()

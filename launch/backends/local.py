@@ -8,6 +8,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+from kl_reg import storage
 from kl_reg.sweeps import job, plan
 from launch.backends.options import Options, Started, check
 
@@ -77,7 +78,7 @@ def _attempts(sweep, number, attempts, gpus, processes, stopping):
     for _ in range(attempts):
         if stopping:
             break
-        with open(sweep.log(number), "ab") as log:
+        with storage.appended(sweep.log(number)) as file, open(file, "ab") as log:
             process = processes[number] = subprocess.Popen(_command(sweep, number), stdout=log, stderr=log,
                                                            stdin=subprocess.DEVNULL, env=environment)
         code = process.wait()

@@ -2,8 +2,8 @@
 from __future__ import annotations
 
 import os
-import pathlib
 
+from kl_reg import storage
 from kl_reg.sweeps import job, plan
 from launch.backends.options import Options, Started, check
 
@@ -11,7 +11,7 @@ from launch.backends.options import Options, Started, check
 def attempt(directory: str, workdir: str, number: int) -> None:
     """Runs a program in `directory`, in a process of its own that Ray has given its accelerators."""
     os.chdir(directory)
-    job.run(pathlib.Path(workdir), number)
+    job.run(workdir, number)
 
 
 def prepare(sweep: plan.Sweep, options: Options) -> None:
@@ -46,7 +46,7 @@ def submit(sweep: plan.Sweep, numbers: list[int], options: Options) -> Started:
         while waiting and len(running) < (options.jobs or len(numbers)):
             number = waiting.pop(0)
             job.record(sweep, number, "queued")
-            running[task.remote(os.getcwd(), str(sweep.workdir.absolute()), number)] = number
+            running[task.remote(os.getcwd(), str(storage.absolute(sweep.workdir)), number)] = number
         ready, _ = ray.wait(list(running), num_returns=len(running), timeout=0) if running else ([], [])
         for reference in ready:
             ended[running.pop(reference)] = _outcome(ray, reference)

@@ -3,10 +3,10 @@ from __future__ import annotations
 
 import json
 import os
-import pathlib
 import subprocess
 from typing import NamedTuple
 
+from kl_reg import storage
 from kl_reg.sweeps import job, plan
 from launch.backends.options import Options, Started, check
 
@@ -19,7 +19,7 @@ class Attempt(NamedTuple):
 
     def __call__(self, workdir: str, number: int) -> None:
         os.chdir(self.directory)
-        job.run(pathlib.Path(workdir), number)
+        job.run(workdir, number)
 
     def checkpoint(self, workdir: str, number: int):
         """What the requeued job runs."""
@@ -31,6 +31,7 @@ class Attempt(NamedTuple):
 def prepare(sweep: plan.Sweep, options: Options) -> None:
     """Raises ValueError on options that are wrong or missing."""
     check("slurm", options, ("minutes",))
+    storage.local(sweep.workdir, "--backend=slurm, whose logs need a directory that all nodes share: --workdir")
     _parameters(sweep, options)
 
 
@@ -58,7 +59,7 @@ def submit(sweep: plan.Sweep, numbers: list[int], options: Options) -> Started:
     new = [number for number in numbers if jobs.get(number) not in queue]
     if new:
         jobs |= dict(zip(new, _sbatch(sweep, new, options), strict=True))
-        plan.write_json(file, jobs)
+        storage.write_json(file, jobs)
     jobs = {number: jobs[number] for number in numbers}
     print("jobs   ", ", ".join(f"{own}{'' if number in new else ' (from before)'}" for number, own in jobs.items()))
 

@@ -16,7 +16,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 from kl_reg import config as configs
-from kl_reg import runs
+from kl_reg import runs, storage
 from kl_reg.models import folders
 from kl_reg.sweeps import job, plan
 from launch.backends.options import Options, Started, check
@@ -37,6 +37,7 @@ class ScriptFailed(RuntimeError):
 def prepare(sweep: plan.Sweep, options: Options) -> None:
     """Raises ValueError on options that are wrong or missing."""
     check("tpu_vm", options, ("zone", "accelerator", "runtime"))
+    storage.local(sweep.workdir, "--backend=tpu_vm, which sends files to its slices and fetches them: --workdir")
     if options.capacity is not None and options.capacity not in CAPACITIES:
         raise ValueError(f"--capacity={options.capacity} is unknown; choose one of {', '.join(CAPACITIES)}")
     for file in _needs(sweep)[1]:
@@ -95,7 +96,7 @@ class _Slice:
         return json.loads(self._file.read_text(encoding="utf-8")) if self._file.is_file() else {}
 
     def note(self, **facts):
-        plan.write_json(self._file, {"name": self.name, "zone": self.options.zone, **facts})
+        storage.write_json(self._file, {"name": self.name, "zone": self.options.zone, **facts})
 
     def forget(self):
         self._file.unlink()
@@ -156,13 +157,15 @@ def _needs(sweep):
     for member in configs.members(sweep.config):
         own = configs.override(sweep.config, member)
         for path in (own.model.path, own.env.student_model, own.env.openings, own.reward.path, *own.reference.paths):
-            address = runs.parse(path) if path else None
+            if not path or not storage.is_local(path):      # slices read a store by themselves
+                continue
+            address = runs.parse(path)
             if path in folders.PACKAGED:
                 packaged[path] = None
             elif address:
                 files[str(address.workdir)] = None
-            elif path and pathlib.Path(path).exists():
-                files[path] = None
+            elif (file := storage.path(path)).exists():
+                files[str(file)] = None
     return list(packaged), list(files)
 
 
