@@ -130,15 +130,25 @@ def theirs(family, model):
     return np.stack([whole[0], torch.cat(rows).numpy()])
 
 
+def loop(function, carry, xs):
+    """`jax.lax.scan` that compiles nothing for another configuration: each operation is compiled by itself, once."""
+    out = []
+    for i in range(len(jax.tree.leaves(xs)[0])):
+        carry, y = function(carry, jax.tree.map(lambda x, i=i: x[i], xs))
+        out.append(y)
+    return carry, jax.tree.map(lambda *y: jnp.stack(y), *out)
+
+
 def ours(family, folder):
     tokens = jnp.asarray(TOKENS, jnp.int32)
-    with jax.disable_jit():         # each operation compiles once, whatever the settings
-        if family in encoder_families.FAMILIES:
-            model = encoder_families.load(str(folder))
-            return encoder.forward(model.config, model.params, tokens, jnp.array([tokens.shape[1]]))
-        model = weights.load(str(folder))
+    if family in encoder_families.FAMILIES:
+        model = encoder_families.load(str(folder))
+        return encoder.forward(model.config, model.params, tokens, jnp.array([tokens.shape[1]]))
+    model = weights.load(str(folder))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax.lax, "scan", loop)
         hidden = decoder.forward(model.config, model.params, tokens, jnp.zeros(1, jnp.int32))
-        return decoder.logits(model.config, model.params, hidden.last)
+    return decoder.logits(model.config, model.params, hidden.last)
 
 
 def outcome(family, settings, folder, known):
@@ -158,7 +168,7 @@ def outcome(family, settings, folder, known):
             known[config] = ours(family, folder)
     except ValueError:
         return "refused", None
-    assert expected.std() > 0.1                 # so the tolerance means something
+    assert np.abs(expected).max() > 0.1         # so the tolerance means something
     found = known[config]
     same = found.shape[-2:] == expected.shape[-2:] and np.abs(found - expected).max() < 1e-4
     return "equal" if same else "DIFFERENT", config
@@ -183,7 +193,7 @@ def values(name, now):
 
 def ropes(family):
     """What `rope_parameters` may be: each kind, and the settings of kinds where their code is not shared."""
-    changed = {"llama": ROPES, "gemma3_text": ROPES[-1:]}.get(family, [])
+    changed = {"llama": ROPES[-2:], "gemma3_text": ROPES[-1:]}.get(family, [])
     kinds = ROPES + [rope | {name: value} for rope in changed for name, value in ROPE_VALUES.items()]
     nested = GEMMA3["rope_parameters"]
     return [nested | {part: rope} for rope in kinds for part in nested] if family == "gemma3_text" else kinds
