@@ -125,8 +125,13 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def benchmark(doc: str) -> argparse.ArgumentParser:
     """The parser of a benchmark with this docstring."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=pathlib.Path, help="write the numbers there as well")
+    parser.add_argument("--json", type=place, help="write the numbers there as well")
     return parser
+
+
+def place(text: str) -> pathlib.Path:
+    """A path of the command line, ~ expanded."""
+    return pathlib.Path(text).expanduser()
 
 
 def tell(result: dict, said: str, file: pathlib.Path | None) -> None:

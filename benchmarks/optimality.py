@@ -27,7 +27,7 @@ from rich import box
 from rich.console import Console, Group
 from rich.table import Table
 
-from benchmarks import completion_frontier
+from benchmarks import completion_frontier, machine
 from kl_reg import config as configs
 from kl_reg import metrics, rollout, validation
 from kl_reg.analysis.optimal import efficiency, frontier, soft_optimum
@@ -202,9 +202,9 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", nargs="+", choices=tuple(PARTS), default=tuple(PARTS))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workdir", type=pathlib.Path, help="what is trained lies in DIR/<part>, and a second call of "
-                        "the completion part goes on from there (default: a temporary folder)")
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results"),
+    parser.add_argument("--workdir", type=machine.place, help="what is trained lies in DIR/<part>, and a second call "
+                        "of the completion part goes on from there (default: a temporary folder)")
+    parser.add_argument("--out", type=machine.place, default=pathlib.Path("benchmarks/results"),
                         help="folder for optimality_<part>.json")
     options = parser.parse_args(argv)
     options.out.mkdir(parents=True, exist_ok=True)
