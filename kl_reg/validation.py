@@ -82,9 +82,7 @@ def _validate_values(values):
     """Raises on None where a setting needs a value, and on numbers that the program's int32 and float32 do not hold."""
     for key, usual in flat(default()).items():
         value = values[key]
-        if key in _ELSEWHERE:
-            continue
-        if value is None and usual is not None and key not in _LIMITS:
+        if value is None and usual is not None and key not in (*_LIMITS, *_ELSEWHERE):
             raise ValueError(f"{key}=None: give it a value; its default is {usual!r}")
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, int) and abs(number) >= 2**31 and key != "rl.entries":
@@ -94,7 +92,7 @@ def _validate_values(values):
 
 
 def _validate_float(key, value, number):
-    if math.isinf(number) and key in _UNLIMITED and number > 0:
+    if key in _ELSEWHERE and not math.isfinite(number) or key in _UNLIMITED and number == math.inf:
         return
     if not math.isfinite(number):
         raise ValueError(f"{key}={value!r} must be a finite number")

@@ -227,8 +227,8 @@ def test_unsound_combinations_are_refused(config, changes, says):
     ({"optim.max_grad_norm": math.inf}, "optim.max_grad_norm=inf must be a number .* or None"),
     ({"optim.max_grad_norm": 1e-9}, "vanish beside Adam"), ({"optim.max_grad_norm": -1.0}, "optim.max_grad_norm=-1.0"),
     ({"optim.max_grad_norm": math.nan}, "optim.max_grad_norm=nan"),
-    ({"optim.learning_rate": 1e-50}, "optim.learning_rate=1e-50 is 0 in float32"),
-    ({"optim.learning_rate": None}, "optim.learning_rate=None must be a number"),
+    ({"optim.learning_rate": 1e-50}, "optim.learning_rate=1e-50 is out of the range of float32"),
+    ({"optim.learning_rate": None}, "optim.learning_rate=None: give it a value"),
     ({"rl.clip": 0.0}, "rl.clip=0.0 with rl.clip_high=0.0 and rl.loss='ppo_clip': every ratio but 1"),
     ({"rl.algorithm": "gspo", "rl.clip": 0.0, "rl.clip_high": 0.0}, "rl.loss='gspo'"),
     ({"sampling.top_k": 1}, "sampling.top_k=1 leaves .* at least 2"),
@@ -271,7 +271,7 @@ def test_cautions_about_the_schedule_are_those_of_the_rates(config, warmup, iter
     """A caution where at least half of the iterations have no rate, or where the rate never comes to half."""
     config.optim.warmup, config.rl.iterations, config.optim.final = warmup, iterations, final
     program, hyper = SimpleNamespace(warmup=warmup, iterations=iterations, final=final), configs.split(config)[1]
-    rates = [float(step.learning_rate(program, hyper, i) / hyper.learning_rate) for i in range(iterations)]
+    rates = [float(step.learning_rate(program, hyper, jnp.int32(i)) / hyper.learning_rate) for i in range(iterations)]
     expected = rates.count(0) >= iterations / 2 or max(rates) < 1 / 2
     assert bool(no_training.cautions([config])) == expected
 

@@ -22,7 +22,7 @@ from kl_reg import config as configs
 from kl_reg.analysis import report
 from kl_reg.envs import prompts
 from kl_reg.models import folders
-from kl_reg.rewards import table
+from kl_reg.rewards.table import table
 from kl_reg.sweeps import gather, job, plan, progress
 from launch import command
 from launch.backends import options, slurm, tpu_vm
@@ -307,7 +307,7 @@ def test_tilde_works_in_every_setting_and_flag_that_names_a_path(monkeypatch, tm
     env.openings = "~/prompts.txt"
     assert prompts.read(env).prompts == ["hi"]
     np.save(tmp_path / "table.npy", np.ones(3))
-    assert table.table("~/table.npy").values.tolist() == [1.0, 1.0, 1.0]
+    assert table("~/table.npy").values.tolist() == [1.0, 1.0, 1.0]
     storage.write_json(tmp_path / "run/config.json", {"fingerprint": "x"})
     assert runs.parse("~/run:1@2") == (tmp_path / "run", 1, 2)
     passed = []

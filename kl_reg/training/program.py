@@ -133,7 +133,7 @@ class Program(NamedTuple):
         # Over several devices the tokens of openings and of episodes would have to change places in every layer.
         return scoring.Cost(group if rows % group == 0 and divided.spread() == 1 else 1, members)
 
-    def own_parts(self) -> list[Callable]:
+    def own_parts(self) -> list:
         """What is not the library's: an edited one is another experiment."""
         return [*(part for part in (self.loss, self.advantage, self.reduction) if not is_library(part)), *self.given]
 

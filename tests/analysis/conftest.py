@@ -13,8 +13,8 @@ from kl_reg.models import tokenizer
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    for name in ("config.json", "model.safetensors"):
-        (folder / name).write_text("{}")
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    (folder / "model.safetensors").write_text("{}")
     trained = tokenizer.train([text for _, _, text in LINES], 300, ("A:", "B:"))
     trained.save(str(folder / "tokenizer.json"))
     return folder

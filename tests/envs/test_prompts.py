@@ -141,7 +141,7 @@ def test_rows_of_a_function_are_as_those_of_a_file(tmp_path, monkeypatch, rows):
     ("missing_module.problems", list, "cannot be imported: No module named 'missing_module'; choose"),
     ("made.problems", lambda count: [], "called without arguments: TypeError: .*'count'"),
     ("made.problems", lambda: 1 // 0, "called without arguments: ZeroDivisionError"),
-    ("made.problems", [{"prompt": "a"}], "TypeError: 'list' object is not callable"),
+    ("made.problems", [{"prompt": "a"}], r"is \[{'prompt': 'a'}\], no function"),
     ("made.problems", lambda: {"prompt": "a"}, "returned \"{'prompt': 'a'}\"; accepted is a list of dictionaries"),
     ("made.problems", lambda: ["a"], "returned .*accepted is a list of dictionaries.*'prompt'"),
     ("made.problems", lambda: [{"prompt": "a", 3: "b"}], "returned .*names of columns"),

@@ -173,7 +173,7 @@ def test_a_preempted_job_runs_the_same_again(sweep, monkeypatch, tmp_path):
     attempt(str(sweep.workdir), 1)
     again = attempt.checkpoint(str(sweep.workdir), 1)
     again.function(*again.args, **again.kwargs)
-    assert ran == [(sweep.workdir, 1, str(sweep.workdir))] * 2
+    assert ran == [(str(sweep.workdir), 1, str(sweep.workdir))] * 2
 
 
 # Ray

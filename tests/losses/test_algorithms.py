@@ -69,7 +69,7 @@ def weighted_by_value(value):
 def against_another(weight):
     """E of weight * (how the episode compares with one of the old policy, in a group of the two), the latter held."""
     difference = RETURN[:, None] - RETURN
-    score = difference / 2 / (np.abs(difference) / math.sqrt(2) + 1e-4)
+    score = difference / 2 * np.minimum(1 / (np.abs(difference) / math.sqrt(2) + 1e-4), 100)
     return lambda theta: probabilities(theta) @ (weight * (score @ NOW))
 
 

@@ -61,7 +61,7 @@ def test_gold_is_another_reward_with_settings_of_the_same_section():
     ({"name": "vader,vadar"}, "reward.name='vader,vadar': .*'vadar' is unknown"),
     ({"name": ""}, "reward.name=''"), ({"name": "vader,"}, "reward.name='vader,'"),
     ({"name": "length,vader,length"}, "reward.name=.* names 'length' twice"),
-    ({"name": "test_reward_names.number"}, "test_reward_names.number is 3, which is no function"),
+    ({"name": "test_reward_names.number"}, "reward.name='test_reward_names.number' is 3, no function"),
     ({"name": "test_reward_names.Shouting"}, "Shouting'>, which is no function"),
     ({"name": "test_reward_names.quiet"}, "reward.name='test_reward_names.quiet' cannot be imported"),
     ({"gold": "vadar"}, "reward.gold='vadar': .*unknown"), ({"gold": "vader,"}, "reward.gold='vader,'"),
