@@ -11,7 +11,7 @@ import numpy as np
 
 from kl_reg.types import Hyper
 
-SHAPES = ((1, 1), (4, 3), (16, 5), (8, 33))
+SHAPES = ((1, 1), (5, 4), (8, 33))
 """Episodes and tokens. They are few because each is compiled once."""
 
 Arrays = dict[str, np.ndarray]
@@ -29,7 +29,7 @@ class Comparison(NamedTuple):
     """One function of a peer beside what kl_reg has for it.
 
     draw(rng) gives a case's arrays and the settings that both sides are called with; evaluate(arrays, **settings) gives
-    kl_reg's values by the peer's names and the scales that differences of some of them are relative to.
+    kl_reg's values by the peer's names and the scales that differences of some of them are relative to. It is compiled.
     """
 
     kind: str

@@ -50,16 +50,14 @@ def read(file: pathlib.Path) -> list[tuple[object, dict[str, np.ndarray]]]:
     return records
 
 
-def answer(functions: Mapping[str, Callable], *packages: str, convert: Callable = np.asarray) -> None:
+def answer(functions: Mapping[str, Callable], *packages: str) -> None:
     """Answers the cases of the file that the command line names first, in the file that it names second.
 
     Args:
         functions: by name; each takes a case's arrays and settings as keyword arguments and returns arrays by name.
         packages: whose versions come with the answers.
-        convert: what functions are given for each array.
     """
     cases, answers = map(pathlib.Path, sys.argv[1:])
     versions = {name: metadata.version(name) for name in packages}
-    done = [functions[function](**{name: convert(array) for name, array in arrays.items()}, **settings)
-            for (function, settings), arrays in read(cases)]
+    done = [functions[function](**arrays, **settings) for (function, settings), arrays in read(cases)]
     write(answers, [(versions, {}), *((None, arrays) for arrays in done)])

@@ -125,7 +125,8 @@ def mixture(log_probs, log_weights):
 if __name__ == "__main__":
     warnings.simplefilter("ignore")     # rlax refers to distrax's functions
     jax.config.update("jax_enable_x64", True)
-    gae, returns = jax.jit(gae), jax.jit(returns)       # a loop that is not compiled is compiled each time
-    answer({function.__name__: function for function in (
+    functions = {function.__name__: jax.jit(function) for function in (
         clipped, policy_gradient, entropy_loss, value_loss, gae, returns, kl_of_logits, ratios, mpo_weights, mpo_slope,
-        categorical, terms, tilted_kl, tilted_excess, tilted, mixture)}, "rlax", "distrax", "jax", convert=jnp.asarray)
+        categorical, terms, tilted_kl, tilted_excess, tilted, mixture)}
+    functions["kl_of_logits"] = jax.jit(kl_of_logits, static_argnames="exchanged")
+    answer(functions, "rlax", "distrax", "jax")

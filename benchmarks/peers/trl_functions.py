@@ -63,6 +63,8 @@ def grpo_loss(log_prob, old, advantage, mask, clip, clip_high, ref=None, coef=0.
               level="token", corrected=False):
     """GRPOTrainer's loss and its gradient in the log-probabilities."""
     log_prob = tensor(log_prob, gradient=True)
+    if loss_type == "cispo":
+        clip_high = clip_high + 1       # TRL's epsilon_high is the bound itself
     trainer = _trainer(
         _get_per_token_logps_and_entropies=_returning(log_prob), loss_type=loss_type, importance_sampling_level=level,
         epsilon_low=float(clip), epsilon_high=float(clip_high), beta=float(coef), max_completion_length=length,

@@ -53,8 +53,8 @@ def total_variation(log_p: Float[Array, " v"], log_q: Float[Array, " v"]) -> Flo
 
     Source: Levin, Peres and Wilmer (2009), "Markov chains and mixing times", section 4.1.
     """
-    larger = jnp.exp(jnp.maximum(log_p, log_q))
-    return -0.5 * (larger * jnp.expm1(-jnp.abs(_log_ratio(log_p, log_q)))).sum()
+    larger, ratio = jnp.exp(jnp.maximum(log_p, log_q)), _log_ratio(log_p, log_q)
+    return -0.5 * (larger * jnp.expm1(jnp.minimum(ratio, -ratio))).sum()       # the derivative of `abs` at 0 is 1
 
 
 def renyi(log_p: Float[Array, " v"], log_q: Float[Array, " v"], order: float) -> Float[Array, ""]:

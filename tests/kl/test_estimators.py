@@ -293,6 +293,17 @@ def test_extreme_ratios(case):
         assert all(jnp.isfinite(x).all() for x in jax.jacobian(place)(ratios(ratio)))
 
 
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("name", [name for name in ESTIMATORS.names() if ESTIMATORS[name].of_ratio])
+def test_derivative_on_the_reference(name, direction):
+    """At L = 0, where every token of a first update is, by central differences; abs(L) has its minimum there."""
+    kl = build(KLConfig(estimator=name, direction=direction, placement="loss", allow_biased=True))
+    loss = lambda ratio: kl.loss(ratios(0.0)._replace(log_ratio=ratio[None]), jnp.zeros(1), jnp.ones(1), MASK[:1])[0]  # noqa: E731
+    step = jnp.float32(2.0**-10)
+    expected = (loss(step) - loss(-step)) / (2 * step)
+    np.testing.assert_allclose(jax.grad(loss)(jnp.float32(0.0)), expected, atol=2e-3)
+
+
 @pytest.mark.parametrize("nats", [15.0, -15.0, 60.0])
 def test_nothing_is_clamped(nats):
     """A token of 15 nats is booked as 15, not as 10."""
