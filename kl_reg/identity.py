@@ -33,11 +33,11 @@ def name_of(function: Callable) -> str:
     return name_of(function.func) if isinstance(function, functools.partial) else _place(function)
 
 
-def digest_of(function: Callable) -> str:
+def digest_of(function: object) -> str:
     """SHA-256 of a function's code with the constants that it was made with, so that an edited one, or another lambda,
-    is another; of a decorated one the wrapper's, too, and of an object what its `digest()` says, else the code of its
-    type's __call__. Lists and dictionaries in a closure do not count, they may be a cache; nor do globals and an
-    object's attributes."""
+    is another; of a decorated one the wrapper's, too; of a tuple, such as an estimator, what its parts say; and of an
+    object what its `digest()` says, else the code of its type's __call__. Lists and dictionaries in a closure do not
+    count, they may be a cache; nor do globals and an object's attributes."""
     return hashlib.sha256(_identity(function).encode()).hexdigest()
 
 
