@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import pathlib
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +45,9 @@ class Trainer:
 
     def __init__(self, config: ConfigDict, vocabulary: int):
         model = weights.load(config.model.path, config.model.dtype)
-        (self.group,) = sweep.plan(config, model)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "env.end=''")         # all completions are to have one length
+            (self.group,) = sweep.plan(config, model)
         self.state = self.group.run.init(model.params, self.group.seeds, self.group.hyper)
 
         def mean_id(completion_ids, **columns):

@@ -99,7 +99,7 @@ def test_a_module_may_register_what_a_path_names(tmp_path, monkeypatch):
     (tmp_path / "paints.py").write_text("import registered\npink = 5\n"
                                         "registered.colours.register(f'{__name__}.pink', pink, warm=True)\n")
     (tmp_path / "registered.py").write_text("from kl_reg.registry import Registry\n"
-                                            "colours = Registry('paint.colour', warm=False)\n")
+                                            "colours = Registry('paint.colour', of=int, warm=False)\n")
     monkeypatch.syspath_prepend(tmp_path)
     import registered
     assert registered.colours.facts("paints.pink") == {"warm": True} and registered.colours["paints.pink"] == 5

@@ -20,6 +20,7 @@ from kl_reg.analysis.tree import Tree, backward
 
 _SAME = 1e-12       # rewards that differ by less, as a part of the largest, are tied where lam = 0
 _HARD = 1e-13       # lam below this part of the largest reward counts as 0: rounding would choose
+_NO_KL = 1e-9       # nats per episode: what rounding leaves of a policy that is the base
 _BISECTIONS = 50    # of a factor of 4
 
 
@@ -129,12 +130,12 @@ def efficiency(frontier_kl: Float[np.ndarray, " n"], frontier_reward: Float[np.n
         kl, reward: of the learned policy, in the same units.
 
     Returns:
-        NaN where the reward is outside the range that the frontier's points cover, or where kl is not above 0.
+        NaN where the reward is outside the range that the frontier's points cover, or kl is no more than rounding.
     """
     order = np.lexsort((frontier_reward, frontier_kl))
     nats, rewards = np.asarray(frontier_kl)[order], np.asarray(frontier_reward)[order]
     rising = np.r_[True, rewards[1:] > np.maximum.accumulate(rewards)[:-1]] if len(rewards) else np.zeros(0, bool)
     nats, rewards = nats[rising], rewards[rising]
-    if len(nats) < 2 or not kl > 0 or not rewards[0] <= reward <= rewards[-1]:
+    if len(nats) < 2 or not kl > _NO_KL or not rewards[0] <= reward <= rewards[-1]:
         return float("nan")
     return float(PchipInterpolator(rewards, np.sqrt(nats))(reward)) ** 2 / kl

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -11,6 +10,7 @@ import matplotlib
 import matplotlib.ticker
 import numpy as np
 
+from kl_reg import storage
 from kl_reg.analysis import figures, stats
 from kl_reg.analysis.settings import Setting, kl_name
 from kl_reg.analysis.transcripts import printable
@@ -86,7 +86,7 @@ def lines(evaluation: dict[str, np.ndarray], pieces_of: Callable, episode: int =
 
 
 def draw(settings: Sequence[Setting], curves: dict[int, list[dict]], costs: dict[int, np.ndarray],
-         transcripts: Sequence[tuple[str, Sequence[Line]]], path: pathlib.Path) -> pathlib.Path:
+         transcripts: Sequence[tuple[str, Sequence[Line]]], path: storage.Path) -> storage.Path:
     """Writes the PNG: silent turns against iteration, nats by turn, and the same episode of two policies.
 
     Args:

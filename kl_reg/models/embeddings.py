@@ -3,11 +3,18 @@ beyond it. Tokens that a tokenizer has and nothing uses may lie beyond the table
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Protocol, runtime_checkable
 
-from tokenizers import Tokenizer
+
+@runtime_checkable
+class Words(Protocol):
+    """A tokenizer, of which nothing but this is asked here."""
+
+    def id_to_token(self, number: int) -> str | None:
+        """The text of a token."""
 
 
-def check(ids: Iterable[int], rows: int, source: str, model: str, words: Tokenizer) -> None:
+def check(ids: Iterable[int], rows: int, source: str, model: str, words: Words) -> None:
     """Refuses tokens without an embedding.
 
     Args:
@@ -22,6 +29,7 @@ def check(ids: Iterable[int], rows: int, source: str, model: str, words: Tokeniz
     beyond = [number for number in ids if not 0 <= number < rows]
     if beyond:
         number = min(beyond)
-        raise ValueError(f"{source}: token {number} ({words.id_to_token(number)!r}) has no embedding in {model}, whose "
+        text = words.id_to_token(number) if number >= 0 else None
+        raise ValueError(f"{source}: token {number} ({text!r}) has no embedding in {model}, whose "
                          f"table has {rows} rows; resize the table (`resize_token_embeddings` of transformers), or do "
                          "without the token")

@@ -124,6 +124,9 @@ def _gemma3(hf, **switches):       # whose attention has no cap, whatever attn_l
 
 
 def _gemma3_with_images(hf):
+    if hf.text_config.final_logit_softcapping is not None:
+        raise ValueError(f"text_config.final_logit_softcapping={hf.text_config.final_logit_softcapping} is not "
+                         "supported: transformers' Gemma 3 with images ignores it")
     return _gemma3(hf.text_config, tied=bool(hf.tie_word_embeddings))      # whatever text_config says of that
 
 
@@ -144,6 +147,9 @@ def _gpt2(hf):
 
 def _neox(hf):      # whose torch model has as many heads of keys as of queries, of this width, whatever else is given
     heads, head_width = hf.num_attention_heads, hf.hidden_size // hf.num_attention_heads
+    if hf.to_dict().get("head_dim") not in (None, head_width):
+        raise ValueError(f"head_dim={hf.head_dim} is not supported: torch's model takes it for positions alone; its "
+                         f"heads have hidden_size / num_attention_heads = {head_width}")
     return common(hf, norm="layer", norm_eps=hf.layer_norm_eps, gated=False, parallel=hf.use_parallel_residual,
                   qkv_bias=hf.attention_bias, out_bias=hf.attention_bias, mlp_bias=True, kv_heads=heads,
                   head_width=head_width, rope=_rope(hf.rope_parameters, head_width))

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from kl_reg.models import decoder, export, families, folders, lora, mapping, weights
+from kl_reg.models import decoder, end_tokens, export, families, folders, lora, mapping, tokenizer, weights
 from kl_reg.models.actor import Actor
 from kl_reg.types import Sampling
 
@@ -181,7 +181,7 @@ def test_the_embedded_model_declares_its_special_tokens(tmp_path):
     padded = words(["A: hi", "A: hello there"], padding=True, return_tensors="pt")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert model.generate(**padded, max_new_tokens=2, do_sample=False).shape[0] == 2
-    assert folders.ends(tmp_path) == {start}
+    assert set(end_tokens.named(tmp_path, tokenizer.load(tmp_path))) == {start}
 
 
 def test_a_base_keeps_the_special_tokens_that_it_declares(bases, tmp_path):

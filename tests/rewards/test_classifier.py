@@ -86,10 +86,13 @@ class Recording:
         self.seen += texts
         return self.tokenizer.encode_batch(texts)
 
+    def id_to_token(self, number):
+        return self.tokenizer.id_to_token(number)
+
 
 def test_a_token_without_an_embedding_is_refused_where_it_is_used(reward):
     words = Tokenizer.from_str(reward.model.tokenizer.to_str())
-    words.add_tokens(["unheard"])
+    words.add_tokens([f"filler{i}" for i in range(words.get_vocab_size(), 72)] + ["unheard"])
     other = dataclasses.replace(reward, model=reward.model._replace(tokenizer=words), memory={})
     assert other(completions=["a nice day"]) == pytest.approx(reward(completions=["a nice day"]))
     with pytest.raises(ValueError, match="token .*'unheard'.* no embedding in the classifier, whose table has 72 rows"):

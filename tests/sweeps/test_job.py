@@ -91,7 +91,7 @@ def test_rows_tell_how_far_each_member_is(sweep, trains):
     assert [row.state for row in rows] == ["done", "running", "waiting"]
     assert [(row.iteration, row.iterations) for row in rows] == [(2, 2), (1, 2), (0, 2)]
     assert rows[1].last == {"iteration": 0, "return": 0.5} and rows[2].last == {} and rows[2].seconds is None
-    assert rows[1].settings == {"reference.name": "ema", "kl.coef": 0.1}
+    assert rows[1].settings == {"reference.name": "ema", "kl.coef": 0.1, "seed": 1}
     os.utime(file, (0, 0))
     assert progress.rows(sweep.workdir)[1].seconds > 1e9
 
