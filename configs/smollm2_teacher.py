@@ -1,7 +1,14 @@
-"""The paper's experiment on SmolLM2-135M: a head on the frozen model, hard KL budgets, VADER as the reward.
+"""The paper's experiment on SmolLM2-135M: a head on the frozen model, a hard KL budget, VADER as the reward.
 
     python -m launch.fetch smollm2
     python -m launch.train --config=configs/smollm2_teacher.py --workdir=runs/teacher
+
+The agent is the teacher, the model itself the student. An iteration takes 25 seconds on two cores, the whole with its
+evaluation a quarter of an hour. Empty turns of the teacher rise from 0% to 100% by iteration 17, the return from 3.24 to
+6.20 for 11.0 of the 20 nats, of which 6.3 go into the first turn (one seed, 64 episodes).
+
+The same with budgets of 10 and 20 nats and without one, three seeds each, about an hour and a half:
+
     python -m launch.sweep --config=configs/smollm2_teacher.py --workdir=runs/teachers
 """
 from kl_reg.config import default
