@@ -4,10 +4,10 @@
     python -m launch.train --config=configs/smollm2_teacher.py --workdir=runs/teacher
 
 The agent is the teacher, the model itself the student. An iteration takes 25 seconds on two cores, the whole with its
-evaluation a quarter of an hour. Empty turns of the teacher rise from 0% to 100% by iteration 17, the return from 3.24 to
-6.20 for 11.0 of the 20 nats, of which 6.3 go into the first turn (one seed, 64 episodes).
+evaluation a quarter of an hour. Empty turns of the teacher rise from 0% to 100% by iteration 17, the return from 3.24
+to 6.20 for 11.0 of the 20 nats, of which 6.3 go into the first turn (one seed, 64 episodes).
 
-The same with budgets of 10 and 20 nats and without one, three seeds each, about an hour and a half:
+The same with budgets of 10 and 20 nats and without one, three seeds each:
 
     python -m launch.sweep --config=configs/smollm2_teacher.py --workdir=runs/teachers
 """
