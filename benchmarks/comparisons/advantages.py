@@ -18,22 +18,29 @@ GROUPS = ((1, 2), (3, 2), (2, 5), (4, 8))
 
 _FIRST = "the episode's return, at its last token here"
 _MASKED, _END = "other writers' tokens are masked in verl", "the value at the end is 0"
-_ROWS = "verl takes rows in any order, kl_reg groups in a row"
+_ROWS = "verl takes rows in any order, kl_reg groups in a row; its factor is at most 100: drawn inside"
 
 
 def _scores(rng, groups, size):
-    """Returns of episodes: normal, a few levels, right or wrong, all alike, or close together far from zero."""
+    """Returns of episodes: normal, a few levels, right or wrong, all alike, or close together far from zero.
+
+    They are equal or an eighth apart, because kl_reg's factor has a ceiling: deviations below 0.01 are no peer's.
+    """
     rows = groups * size
     kind = rng.integers(5)
     if kind == 0:
-        return rng.choice([0.5, 5.0]) * rng.normal(size=rows)
+        return _eighths(rng.choice([0.5, 5.0]) * rng.normal(size=rows))
     if kind == 1:
         return rng.integers(4, size=rows) / 4
     if kind == 2:
         return (rng.random(rows) < 0.3).astype(float)
     if kind == 3:
         return np.full(rows, rng.choice([0.0, 1.0, -2.5]))
-    return rng.choice([-10.0, 10.0]) + rng.normal(size=rows)
+    return rng.choice([-10.0, 10.0]) + _eighths(rng.normal(size=rows))
+
+
+def _eighths(x):
+    return np.round(8 * x) / 8
 
 
 def _outcome(rng, holes=False):
@@ -109,7 +116,7 @@ def _shuffled(rng):
     """Groups whose rows lie in any order; tokens of each have their own rewards."""
     arrays, groups, size = _outcome(rng, holes=True)
     if rng.integers(2):
-        arrays["reward"] = np.where(arrays["mask"], rng.normal(size=arrays["mask"].shape), 0.0)
+        arrays["reward"] = np.where(arrays["mask"], _eighths(rng.normal(size=arrays["mask"].shape)), 0.0)
     number = np.repeat(np.arange(groups), size)
     order = rng.permutation(len(number))
     return {name: array[order] for name, array in (arrays | {"number": number}).items()}, {}, size
