@@ -109,7 +109,7 @@ def write_text(file: Path, text: str) -> None:
 
 
 def write_json(file: Path, value, allow_nan: bool = True) -> None:
-    """As `write_text`, indented."""
+    """Writes a value as indented JSON, whole or not at all, as `write_text` does."""
     write_text(file, json.dumps(value, indent=2, allow_nan=allow_nan) + "\n")
 
 
