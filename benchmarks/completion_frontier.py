@@ -18,9 +18,9 @@ from rich.table import Table
 import kl_reg
 from benchmarks.peers import environment
 from configs import sentiment_completion
-from kl_reg.analysis import efficiency as efficiencies
-from kl_reg.analysis.optimal import efficiency
-from kl_reg.models import folders
+from kl_reg.analysis.optimum import efficiency as efficiencies
+from kl_reg.analysis.optimum.exact import efficiency
+from kl_reg.pretrained import folders
 
 NATS = (2.0, 4.0, 6.0)
 EPISODES = 2048         # of each policy, to measure it

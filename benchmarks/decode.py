@@ -33,8 +33,8 @@ from benchmarks import machine, trainer
 from benchmarks.peers import environment, stepping, work
 from benchmarks.peers.stepping import Clock, Step
 from benchmarks.peers.work import Work
-from kl_reg.models import tokenizer
 from kl_reg.models.decoder import DecoderConfig
+from kl_reg.pretrained import tokenizer
 from kl_reg.types import PAD
 
 SIZES = Work(sequences=64, prompt=32, generated=32, group=4)

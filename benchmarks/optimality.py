@@ -29,14 +29,16 @@ from rich.table import Table
 
 from benchmarks import completion_frontier, machine
 from kl_reg import config as configs
-from kl_reg import metrics, rollout, validation
-from kl_reg.analysis.optimal import efficiency, frontier, soft_optimum
-from kl_reg.analysis.read_policy import policy_tables
-from kl_reg.analysis.tree import Tree, enumerate_model, evaluate, tokens_of
+from kl_reg import validation
+from kl_reg.algorithms import ALGORITHMS
+from kl_reg.analysis.optimum.enumeration import Tree, enumerate_model, evaluate, tokens_of
+from kl_reg.analysis.optimum.exact import efficiency, frontier, soft_optimum
+from kl_reg.analysis.optimum.policy_tables import policy_tables
 from kl_reg.envs.tabular import make_model
-from kl_reg.losses import ALGORITHMS
-from kl_reg.models import weights
-from kl_reg.training import sweep
+from kl_reg.pretrained import weights
+from kl_reg.runs import log as run_log
+from kl_reg.sampling import rollout
+from kl_reg.training import member_groups
 
 VOCAB, HORIZON = 8, 4
 SEQUENCES = VOCAB**HORIZON
@@ -114,9 +116,9 @@ def experiment(folder: pathlib.Path, run: Run, tasks: dict[str, Task], seed: int
     return config
 
 
-def train(config: ConfigDict, model: weights.Model, tables: np.ndarray) -> tuple[sweep.Group, object]:
+def train(config: ConfigDict, model: weights.Model, tables: np.ndarray) -> tuple[member_groups.Group, object]:
     """Trains all members, each on its own table [m, v**h]; their program and parameters [m, ...]."""
-    (group,) = sweep.plan(config, model)
+    (group,) = member_groups.plan(config, model)
     tables, place = jnp.asarray(tables, jnp.float32), jnp.asarray(VOCAB ** np.arange(HORIZON)[::-1])
 
     @jax.jit
@@ -147,7 +149,7 @@ def compare(tree: Tree, lam: float, log_policy) -> dict:
 def measure(seed: int, folder: pathlib.Path) -> dict:
     """Trains everything: {"holds", "tasks", "rows"}, a row for each task and run. `folder` gets the language model."""
     rows = []
-    with metrics.progress_bar("optimality", len(RUNS)) as bar:
+    with run_log.progress_bar("optimality", len(RUNS)) as bar:
         make_model(folder, VOCAB, 0)
         model = weights.load(str(folder))
         empty = enumerate_model(model.config, model.params, (0,), HORIZON, np.zeros(SEQUENCES))

@@ -1,4 +1,4 @@
-"""Prefill and decode of a base model with int8 matrices (`kl_reg.models.quantize`) against the float model.
+"""Prefill and decode of a base model with int8 matrices (`kl_reg.pretrained.quantize`) against the float model.
 
     python -m benchmarks.quantized_decode [--model embedded] [--dtype float32] [--rows 8] [--prompt 64] [--tokens 64]
         [--repeats 5] [--json FILE]
@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import machine
-from kl_reg.models import decoder, quantize, weights
+from kl_reg.models import decoder
+from kl_reg.pretrained import quantize, weights
 
 KINDS = ("float", "int8")
 

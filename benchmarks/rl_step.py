@@ -29,7 +29,7 @@ from benchmarks.peers import environment, stepping, work
 from benchmarks.peers.stepping import PHASES, Step
 from benchmarks.peers.work import Work
 from benchmarks.trainer import Trainer, experiment
-from kl_reg.models import tokenizer
+from kl_reg.pretrained import tokenizer
 from kl_reg.types import PAD
 
 GOALS = {("smollm2", "full"): 1.5, ("tiny", "full"): 4.0, ("smollm2", "head"): 5.0, ("tiny", "head"): 5.0}

@@ -21,7 +21,7 @@ from benchmarks import machine, trainer
 from benchmarks.peers import stepping, work
 from benchmarks.peers.stepping import PHASES, Step
 from benchmarks.peers.work import Work
-from kl_reg.models import tokenizer
+from kl_reg.pretrained import tokenizer
 from kl_reg.types import PAD
 
 SIZES = Work(sequences=8, prompt=26, generated=32, group=1)

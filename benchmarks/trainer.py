@@ -11,10 +11,11 @@ from ml_collections import ConfigDict
 
 from benchmarks.peers.stepping import Clock
 from kl_reg import config as configs
-from kl_reg import rewards, rollout, validation
-from kl_reg.models import weights
-from kl_reg.training import sweep
-from kl_reg.training.judging import Judges, judge
+from kl_reg import rewards, validation
+from kl_reg.pretrained import weights
+from kl_reg.sampling import rollout
+from kl_reg.training import member_groups
+from kl_reg.training.rewarding import Judges, judge
 from kl_reg.types import Episodes
 
 
@@ -47,7 +48,7 @@ class Trainer:
         model = weights.load(config.model.path, config.model.dtype)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "env.end=''")         # all completions are to have one length
-            (self.group,) = sweep.plan(config, model)
+            (self.group,) = member_groups.plan(config, model)
         self.state = self.group.run.init(model.params, self.group.seeds, self.group.hyper)
 
         def mean_id(completion_ids, **columns):

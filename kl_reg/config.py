@@ -10,7 +10,7 @@ import math
 import jax.numpy as jnp
 from ml_collections import ConfigDict, config_dict
 
-from kl_reg import losses
+from kl_reg import algorithms
 from kl_reg.kl.estimators import KLConfig
 from kl_reg.kl.spends import SPENDS
 from kl_reg.types import Hyper
@@ -302,7 +302,7 @@ def static_of(config: ConfigDict) -> Static:
 
 def _with_algorithm(config):
     """With what the algorithm decides where a setting is None."""
-    return override(config, {f"rl.{key}": value for key, value in losses.resolve(config.rl).items()})
+    return override(config, {f"rl.{key}": value for key, value in algorithms.resolve(config.rl).items()})
 
 
 def fingerprint(config: ConfigDict, *inputs: str) -> str:

@@ -20,7 +20,7 @@ def refuse(config: ConfigDict) -> None:
     """Refuses what trains nothing and is of no use as a control either.
 
     Args:
-        config: of one member, with the algorithm's settings (`losses.resolve`).
+        config: of one member, with the algorithm's settings (`algorithms.resolve`).
 
     Raises:
         ValueError: names the setting, why it trains nothing, and what is accepted.

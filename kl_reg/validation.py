@@ -10,14 +10,19 @@ from collections.abc import Iterator
 import numpy as np
 from ml_collections import ConfigDict
 
-from kl_reg import advantages, envs, losses, no_training, parallel, rewards, runs
-from kl_reg.analysis.groups import compile_expressions
+from kl_reg import algorithms, envs, no_training, rewards
+from kl_reg.algorithms import advantages, reductions
 from kl_reg.config import BUDGETS, HYPER, default, flat, kl_config, members, override
+from kl_reg.episodes.token_groups import compile_expressions
 from kl_reg.kl import controllers, estimators
-from kl_reg.kl.references import CUTS
-from kl_reg.losses import reductions
-from kl_reg.models import lora, policies, reference, tokenizer, weights
 from kl_reg.models.block import REMATS
+from kl_reg.policies import kinds as policies
+from kl_reg.policies import lora
+from kl_reg.pretrained import tokenizer, weights
+from kl_reg.references import kinds as references
+from kl_reg.references.bayes import CUTS
+from kl_reg.runs import directory as run_directory
+from kl_reg.sharding import mesh as meshes
 
 _SHARED = ("sweep", "model", "env", "reward", "sampling", "evaluation", "checkpoint", "log", "parallel",
            "rl.iterations")
@@ -72,7 +77,7 @@ def validate(config: ConfigDict) -> None:
             raise ValueError(f"sweep: {', '.join(shared)} cannot differ between members, which share one base model, "
                              "task and evaluation; launch one sweep for each value")
         own = override(config, member)
-        resolved.append(override(own, {f"rl.{key}": value for key, value in losses.resolve(own.rl).items()}))
+        resolved.append(override(own, {f"rl.{key}": value for key, value in algorithms.resolve(own.rl).items()}))
         _validate_member(resolved[-1])
     for caution in no_training.cautions(resolved):
         warnings.warn(caution, stacklevel=2)
@@ -151,15 +156,15 @@ def _validate_member(config):
 
 def _validate_parallel(config):
     settings = config.parallel
-    if settings.mode not in parallel.MODES:
-        raise ValueError(f"parallel.mode={settings.mode!r}: choose of {', '.join(map(repr, parallel.MODES))}")
-    for axis in parallel.AXES:
+    if settings.mode not in meshes.MODES:
+        raise ValueError(f"parallel.mode={settings.mode!r}: choose of {', '.join(map(repr, meshes.MODES))}")
+    for axis in meshes.AXES:
         if settings[axis] != -1 and settings[axis] < 1:
             raise ValueError(f"parallel.{axis}={settings[axis]} must be at least 1, or -1: all devices that are left")
         if settings.mode == "pmap" and axis != "data" and settings[axis] != 1:
             raise ValueError(f"parallel.{axis}={settings[axis]} with parallel.mode='pmap', which divides nothing but "
                              "episodes: use parallel.data, or parallel.mode='jit'")
-    if sum(settings[axis] == -1 for axis in parallel.AXES) > 1:
+    if sum(settings[axis] == -1 for axis in meshes.AXES) > 1:
         raise ValueError("parallel: only one axis can be -1, all devices that are left")
     if settings.slices < 1:
         raise ValueError(f"parallel.slices={settings.slices} must be at least 1")
@@ -179,7 +184,7 @@ def _validate_environment(env):
 
 
 def _validate_algorithm(rl):
-    for registry, name in ((losses.LOSSES, rl.loss), (advantages.ADVANTAGES, rl.advantage),
+    for registry, name in ((algorithms.LOSSES, rl.loss), (advantages.ADVANTAGES, rl.advantage),
                            (reductions.REDUCTIONS, rl.reduction)):
         registry[name]  # noqa: B018 - raises for an unknown name
     for key in ("minibatches", "group"):
@@ -244,7 +249,7 @@ def _validate_sampling(config):
 
 def _validate_reference(config):
     settings = config.reference
-    facts = reference.REFERENCES.facts(settings.name)
+    facts = references.REFERENCES.facts(settings.name)
     low, high = facts["paths"]
     if not low <= len(settings.paths) <= high:
         text = {0: "none", 1: "one", 2: "two model folders or more"}.get(low, f"at least {low}")
@@ -258,7 +263,7 @@ def _validate_reference(config):
         raise ValueError(f"reference.name={settings.name!r} with a hard budget: what the policy does depends on its "
                          "ledger, and its proposal would become a reference that no budget holds; use a penalty")
     for path in settings.paths:
-        if runs.parse(path):
+        if run_directory.parse(path):
             _validate_run(config, path)
             continue
         try:
@@ -301,16 +306,16 @@ def _validate_run(config, path):
     if config.reference.name != "checkpoint":
         raise ValueError(f"reference.paths: {path!r} is a run; only reference.name='checkpoint' takes one, mixtures "
                          "are of model folders")
-    address = runs.parse(path)
-    swept, have = members(runs.config_of(address.workdir)), runs.iterations(address.workdir)
+    address = run_directory.parse(path)
+    swept, have = members(run_directory.config_of(address.workdir)), run_directory.iterations(address.workdir)
     if address.member is None or address.member >= len(swept) or address.iteration not in have:
         raise ValueError(f"reference.paths: {path!r} must name a member and an iteration, as {address.workdir}:0@60; "
                          f"there are {len(swept)} members, iterations {', '.join(map(str, have)) or 'none'}")
-    theirs = override(runs.config_of(address.workdir), swept[address.member])
+    theirs = override(run_directory.config_of(address.workdir), swept[address.member])
     if any(flat(theirs)[key] is not None for key in BUDGETS):
         raise ValueError(f"reference.paths: {path!r} has a hard budget: what it does depends on its own ledger, so it "
                          "is no reference for another policy")
-    if theirs.policy.kind == "head" and any(not runs.parse(own) for own in theirs.reference.paths):
+    if theirs.policy.kind == "head" and any(not run_directory.parse(own) for own in theirs.reference.paths):
         raise ValueError(f"reference.paths: {path!r} is a head on reference.name={theirs.reference.name!r}, not on the "
                          "base model; only members whose reference is the base or a follower can be one")
     if theirs.policy != config.policy or any(theirs.model[key] != config.model[key] for key in ("path", "quantize")):

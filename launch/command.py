@@ -108,11 +108,11 @@ def guarded(argv, function):
 def run(argv, config, workdir: str) -> None:
     """Trains and prints the summary."""
     import kl_reg
-    from kl_reg import hosts
+    from kl_reg.sharding import multihost
 
-    guarded(argv, lambda: hosts.join(flags.FLAGS.hosts))
+    guarded(argv, lambda: multihost.join(flags.FLAGS.hosts))
     result = guarded(argv, lambda: kl_reg.train(config, workdir=workdir, began=_BEGAN))
-    if hosts.writes():
+    if multihost.writes():
         print_summary(result.summary, result.workdir, result.report, result.tokens_per_second)
 
 

@@ -41,11 +41,12 @@ def main(argv=None):
 
 def _run(argv):
     args = _arguments(argv)
-    from kl_reg import runs, storage
-    from kl_reg.analysis import compare, divergence_figure
+    from kl_reg.analysis.compare import compare, divergence_figure
+    from kl_reg.runs import directory as run_directory
+    from kl_reg.runs import storage
 
     report = compare.compare(args.a, args.b, args.on, args.episodes, args.seed, args.openings, args.steps)
-    addresses = [runs.parse(args.a), runs.parse(args.b)]
+    addresses = [run_directory.parse(args.a), run_directory.parse(args.b)]
     run = addresses[1] or addresses[0]
     out = (storage.path(args.out or "compare") if args.out or not run
            else run.workdir / "compare" / _name(addresses, args, report))
@@ -75,7 +76,7 @@ def _name(addresses, args, report):
 def _print(report):
     from rich.console import Console
 
-    from kl_reg.analysis import divergence_figure
+    from kl_reg.analysis.compare import divergence_figure
 
     quantities = report["quantities"]
     heads = [divergence_figure.heading(quantity) for quantity in quantities.values()]

@@ -19,10 +19,11 @@ flags.mark_flag_as_required("config")
 
 
 def main(argv):
-    from kl_reg import pretrain, storage
+    from kl_reg.pretraining import train as pretraining
+    from kl_reg.runs import storage
 
     call = shlex.join(["python", "-m", "launch.pretrain", *sys.argv[1:]])
-    folders = command.guarded(argv, lambda: pretrain.train(
+    folders = command.guarded(argv, lambda: pretraining.train(
         CONFIG.value, storage.local(WORKDIR.value, "--workdir"), call))
     for folder in folders:
         card = json.loads((folder / "card.json").read_text(encoding="utf-8"))

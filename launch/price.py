@@ -52,28 +52,28 @@ def main(argv=None):
 def _run(argv):
     args = _arguments(argv)
     command.check_whole(args, seed=0)
-    from kl_reg import storage
-    from kl_reg.analysis import price, price_figure
-    from kl_reg.models import tokenizer, weights
+    from kl_reg.analysis.behaviour import script_price, script_price_figure
+    from kl_reg.pretrained import tokenizer, weights
+    from kl_reg.runs import storage
 
-    dialogue = price.Dialogue(args.teacher, args.student, args.end)
+    dialogue = script_price.Dialogue(args.teacher, args.student, args.end)
     opening = _opening(args, dialogue)
-    scripts = args.script or [*SCRIPTS, price.random_letters(len("Good."), args.seed)]
+    scripts = args.script or [*SCRIPTS, script_price.random_letters(len("Good."), args.seed)]
     model, out = weights.load(args.model, setting="--model"), storage.path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    prices = price.price_of_script(model, [opening], scripts, args.turns, args.episodes, args.seed, dialogue,
+    prices = script_price.price_of_script(model, [opening], scripts, args.turns, args.episodes, args.seed, dialogue,
                                    args.max_reply, args.batch)
     report = {"model": args.model, **dialogue._asdict(), "opening": opening, "turns": args.turns, "seed": args.seed,
-              "max_reply": args.max_reply, "scripts": price.report(prices, tokenizer.load(model.folder))}
+              "max_reply": args.max_reply, "scripts": script_price.report(prices, tokenizer.load(model.folder))}
     storage.write_json(out / "price.json", report, allow_nan=False)
     _print(report)
     title = f"{args.model}: the teacher says the same in every turn, the student samples; {args.episodes} episodes"
-    figure = price_figure.draw(report["scripts"], title, out / "price.png")
+    figure = script_price_figure.draw(report["scripts"], title, out / "price.png")
     print(f"\nnumbers  {out / 'price.json'}\nfigure   {figure}")
 
 
 def _text(file):
-    from kl_reg import storage
+    from kl_reg.runs import storage
 
     try:
         return storage.read_text(storage.path(file))

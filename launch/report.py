@@ -19,7 +19,7 @@ def _run(argv):
     parser = command.Parser("report", __doc__)
     parser.add_argument("workdir", help="the directory that `launch.sweep --workdir` was given")
     workdir = parser.parse_args(argv).workdir
-    from kl_reg.analysis.report import write_report
+    from kl_reg.analysis.report.page import write_report
 
     print(write_report(workdir))
 

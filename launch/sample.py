@@ -66,11 +66,11 @@ def _run(argv):
     _check(args, changes)
     from rich.console import Console
 
-    from kl_reg.analysis import solo
+    from kl_reg.analysis.compare import single_policy
 
     console = Console(highlight=False, markup=False, emoji=False)
     with console.status(f"reading {args.policy}"):
-        one = solo.open_policy(args.policy, args.openings, min(args.episodes, 32), changes,
+        one = single_policy.open_policy(args.policy, args.openings, min(args.episodes, 32), changes,
                                None if args.chat else args.length)
         colour = args.colour or ("kl" if one.is_run else "surprisal")
         _check_policy(args, one, colour)
@@ -98,33 +98,34 @@ def _check_policy(args, one, colour):
 
 def _in(one, env, length):
     """The policy in this environment, with so many tokens an episode."""
-    from kl_reg.analysis import solo
+    from kl_reg.analysis.compare import single_policy
 
     longest = one.model.config.max_position - env.openings.tokens.shape[1]
     if length > longest:
         raise ValueError(f"--length {length}: behind the opening the model's context has room for {longest} tokens")
-    return one._replace(team=solo.in_env(one.team, env._replace(length=length)))
+    return one._replace(team=single_policy.in_env(one.team, env._replace(length=length)))
 
 
 def _read(console, args, one, colour):
     """Prints transcripts."""
-    from kl_reg.analysis import solo, terminal
-    from kl_reg.models import tokenizer
+    from kl_reg.analysis.compare import single_policy
+    from kl_reg.analysis.report import terminal
+    from kl_reg.pretrained import tokenizer
     from kl_reg.training import step
     from kl_reg.types import PAD
 
-    env, (title, shown) = one.team.program.env, solo.SHOWN[colour]
+    env, (title, shown) = one.team.program.env, single_policy.SHOWN[colour]
     one = _in(one, env, args.length or env.length)
     with console.status("sampling"):
-        episodes = solo.sample(one.team, args.episodes, args.seed)
+        episodes = single_policy.sample(one.team, args.episodes, args.seed)
     words, transcript = tokenizer.load(one.model.folder), episodes.transcript
-    nats = solo.at_slots(episodes, shown(step.recorded(episodes)))
+    nats = single_policy.at_slots(episodes, shown(step.recorded(episodes)))
     heads = [[f"Episode {e}", terminal.amount(total)] for e, total in enumerate(nats.sum(1))]
     console.print(one.title, soft_wrap=True)
     console.print(terminal.legend(console, nats.max(), title))
     if one.is_run:
         try:
-            for head, value in zip(heads, solo.returns(one, episodes), strict=True):
+            for head, value in zip(heads, single_policy.returns(one, episodes), strict=True):
                 head.insert(1, "not judged" if math.isnan(value) else f"return {value:.2f}")
         except (ValueError, OSError) as error:
             console.print(f"no returns: {error}", style=terminal.NOTE, soft_wrap=True)
@@ -137,13 +138,14 @@ def _read(console, args, one, colour):
 
 def _talk(console, args, one, colour):
     """The person is the student, or the user."""
-    from kl_reg.analysis import conversation, solo, terminal
-    from kl_reg.models import end_tokens, tokenizer
+    from kl_reg.analysis.compare import conversation, single_policy
+    from kl_reg.analysis.report import terminal
+    from kl_reg.pretrained import end_tokens, tokenizer
 
     with contextlib.suppress(ImportError):      # lines can be edited and recalled, where the platform has it
         import readline  # noqa: F401
 
-    folder, env, (title, shown) = one.model.folder, one.team.program.env, solo.SHOWN[colour]
+    folder, env, (title, shown) = one.model.folder, one.team.program.env, single_policy.SHOWN[colour]
     words = tokenizer.load(folder)
     ends = frozenset() if one.is_run else frozenset(end_tokens.named(folder, words))
     manners = (conversation.as_user(partial(tokenizer.chat, words), ends) if args.chat
@@ -164,8 +166,9 @@ def _talk(console, args, one, colour):
 
 def _converse(console, writer, policy, manners, words, seed, budget, state):
     """Turn after turn, until somebody has enough or there is no room."""
-    from kl_reg.analysis import conversation, terminal
-    from kl_reg.models import tokenizer
+    from kl_reg.analysis.compare import conversation
+    from kl_reg.analysis.report import terminal
+    from kl_reg.pretrained import tokenizer
     from kl_reg.types import OPENING, PAD
 
     kept, attempts, agent = None, 0, not manners.opens
@@ -197,8 +200,9 @@ def _converse(console, writer, policy, manners, words, seed, budget, state):
 
 def _agent(writer, policy, manners, words, state, budget):
     """One turn, shown as it comes. What the environment writes behind it is the prompt of the person's line."""
-    from kl_reg.analysis import conversation, terminal
-    from kl_reg.models import tokenizer
+    from kl_reg.analysis.compare import conversation
+    from kl_reg.analysis.report import terminal
+    from kl_reg.pretrained import tokenizer
     from kl_reg.types import AGENT, FORCED
 
     decoder, before, held = codecs.getincrementaldecoder("utf-8")(errors="replace"), state.nats, [manners.agent]

@@ -17,8 +17,8 @@ import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
-from kl_reg import chitchat  # noqa: E402
-from kl_reg.models import decoder, families, layers, tokenizer, weights  # noqa: E402
+from kl_reg.models import decoder, layers  # noqa: E402
+from kl_reg.pretrained import chitchat, families, tokenizer, weights  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 hypothesis.settings.register_profile("default", deadline=None, max_examples=50, derandomize=True)

@@ -3,7 +3,7 @@ import pytest
 
 from configs import arithmetic_grpo
 from kl_reg import rewards, validation
-from kl_reg.models import end_tokens, folders, tokenizer
+from kl_reg.pretrained import end_tokens, folders, tokenizer
 from tests.envs.staging import Stage
 
 

@@ -8,9 +8,10 @@ from types import SimpleNamespace
 import jax.numpy as jnp
 import pytest
 
-from kl_reg import checkpoint, no_training, validation
 from kl_reg import config as configs
-from kl_reg.losses import ALGORITHMS
+from kl_reg import no_training, validation
+from kl_reg.algorithms import ALGORITHMS
+from kl_reg.runs import checkpoint
 from kl_reg.training import loop, step
 from kl_reg.types import Hyper
 
@@ -206,7 +207,7 @@ def test_what_members_share_cannot_be_swept(config, key, value):
     ({"policy.alpha": 8.0, "policy.kind": "full"}, "policy.alpha=8.0 has no effect"),
     ({"policy.targets": "up"}, "policy.targets='up' has no effect"),
     ({"rl.algorithm": "a2c"}, "rl.algorithm='a2c' is unknown; choose one of awr, cispo"),
-    ({"rl.algorithm": "math.sqrt"}, "no kl_reg.losses.algorithm.Algorithm"),
+    ({"rl.algorithm": "math.sqrt"}, "no kl_reg.algorithms.algorithm.Algorithm"),
     ({"rl.reduction": "mean"}, "fixed_length, sequence_mean, token_mean"),
     ({"rl.algorithm": "grpo", "rl.group": 1}, "rl.advantage='group' compares episodes"),
     ({"rl.group": 5}, "rl.episodes=32 must be a multiple of rl.group=5"),

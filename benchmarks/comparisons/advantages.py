@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.comparisons.comparison import Comparison, Tolerance, hyper, log_probs, mask
-from kl_reg.advantages import ADVANTAGES, normalise
+from kl_reg.algorithms.advantages import ADVANTAGES, normalise
 from kl_reg.kl.controllers import CONTROLLERS
 from kl_reg.kl.estimators import KLConfig, build
 from kl_reg.kl.exact import TokenTerms

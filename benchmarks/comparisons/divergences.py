@@ -13,7 +13,7 @@ from kl_reg.kl.chunked import chunked_terms
 from kl_reg.kl.divergences import DIVERGENCES
 from kl_reg.kl.estimators import KLConfig, build
 from kl_reg.kl.exact import TokenTerms, token_terms
-from kl_reg.kl.references import mixture
+from kl_reg.references.bayes import mixture
 
 VOCABULARIES = (2, 7, 65)
 ROWS = 5

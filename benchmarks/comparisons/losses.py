@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.comparisons.comparison import Comparison, Tolerance, hyper, log_probs, logits, mask, shape
+from kl_reg.algorithms import LOSSES
+from kl_reg.algorithms.reductions import REDUCTIONS
+from kl_reg.algorithms.value import squared_error
 from kl_reg.kl.estimators import KLConfig, build
 from kl_reg.kl.exact import TokenTerms, token_terms
-from kl_reg.losses import LOSSES
-from kl_reg.losses.reductions import REDUCTIONS
-from kl_reg.losses.value import squared_error
 
 LENGTH = 40     # the longest stream that the environment allows
 

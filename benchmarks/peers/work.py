@@ -7,10 +7,12 @@ from typing import NamedTuple
 import jax
 from tokenizers import Tokenizer
 
-from kl_reg.models import decoder, export, families, folders, weights
-from kl_reg.models import tokenizer as text
+from kl_reg.export import huggingface
+from kl_reg.models import decoder
 from kl_reg.models.decoder import DecoderConfig
 from kl_reg.models.layers import Rope
+from kl_reg.pretrained import families, folders, weights
+from kl_reg.pretrained import tokenizer as text
 
 TOKENIZER = "smollm2"
 TINY = DecoderConfig(vocab=49152, width=192, layers=4, heads=3, kv_heads=1, head_width=64, mlp_width=512,
@@ -48,10 +50,10 @@ def write_model(name: str, folder: pathlib.Path) -> DecoderConfig:
     if name == "tiny":
         settings, params = families.llama_settings(TINY), decoder.init(TINY, jax.random.key(0))
     else:
-        settings, params = export.settings_of(folders.settings(source)), weights.load(name).params
+        settings, params = huggingface.settings_of(folders.settings(source)), weights.load(name).params
     no_ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     weights.save(folder, settings | no_ends, params, "float32")
-    export.copy_tokenizer(source, folder)
+    huggingface.copy_tokenizer(source, folder)
     return weights.load_config(str(folder))
 
 

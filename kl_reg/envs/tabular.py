@@ -1,4 +1,4 @@
-"""A language model that can be enumerated (`analysis/tree.py`): at most 16 tokens, episodes of at most 8.
+"""A language model that can be enumerated (`analysis/optimum/`): at most 16 tokens, episodes of at most 8.
 
 Who writes which token is fixed beforehand, nothing ends an episode early, and the reward function is asked about all
 that was written. So policies, returns and KL can be summed over all sequences.
@@ -19,9 +19,10 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from kl_reg.envs import prompts
 from kl_reg.envs.environment import Environment, Reply
-from kl_reg.models import decoder, families, weights
-from kl_reg.models import tokenizer as text
+from kl_reg.models import decoder
 from kl_reg.models.layers import Rope
+from kl_reg.pretrained import families, weights
+from kl_reg.pretrained import tokenizer as text
 from kl_reg.types import AGENT, OPENING, PAD, STUDENT
 
 VOCABULARY, HORIZON = 16, 8     # at most

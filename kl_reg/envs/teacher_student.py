@@ -26,9 +26,9 @@ from tokenizers import Tokenizer
 
 from kl_reg.envs import prompts
 from kl_reg.envs.environment import Environment, Reply
-from kl_reg.models import tokenizer as text
-from kl_reg.models.folders import EMBEDDED
-from kl_reg.models.markers import finder
+from kl_reg.envs.markers import finder
+from kl_reg.pretrained import tokenizer as text
+from kl_reg.pretrained.folders import EMBEDDED
 from kl_reg.types import AGENT, FORCED, PAD, STUDENT
 
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kl_reg.kl.exact import TokenTerms, token_terms
-from kl_reg.mapped import take, write
+from kl_reg.sharding.batching import take, write
 
 _DIFFERENTIABLE = ("log_prob", "kl", "entropy", "forward_kl")
 

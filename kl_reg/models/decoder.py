@@ -17,11 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from kl_reg.divided import constrain, spread
-from kl_reg.mapped import write
 from kl_reg.models.block import REMATS, Block, DecoderConfig
 from kl_reg.models.layers import Norm, Source, Stored, attend, attend_fused, rotate, store
-from kl_reg.parallel import ROWS
+from kl_reg.sharding.batching import write
+from kl_reg.sharding.constraints import constrain, spread
+from kl_reg.sharding.mesh import ROWS
 
 
 class Hidden(NamedTuple):

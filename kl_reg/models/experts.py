@@ -12,9 +12,9 @@ from flax import linen as nn
 from jax.custom_batching import sequential_vmap
 from jax.sharding import PartitionSpec as P
 
-from kl_reg.divided import auto_mesh
 from kl_reg.models.layers import ACTIVATIONS, Linear
-from kl_reg.parallel import ROWS, fitting
+from kl_reg.sharding.constraints import auto_mesh
+from kl_reg.sharding.mesh import ROWS, fitting
 
 
 class Experts(nn.Module):

@@ -13,10 +13,14 @@ from ml_collections import ConfigDict
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from kl_reg import config as configs
-from kl_reg import rollout, runs, storage, validation
-from kl_reg.models import configuration, decoder, families, folders, quantize, weights
+from kl_reg import validation
+from kl_reg.models import decoder
 from kl_reg.planning import flops
-from kl_reg.training import program, scoring, sweep
+from kl_reg.pretrained import families, folders, hf_config, quantize, weights
+from kl_reg.runs import directory as run_directory
+from kl_reg.runs import storage
+from kl_reg.sampling import rollout
+from kl_reg.training import member_groups, program, scoring
 from kl_reg.types import Episodes, Frozen, Hyper, Openings, TrainState
 
 PUBLISHED = pathlib.Path(__file__).parent / "published.json"
@@ -66,7 +70,7 @@ def programs(config: ConfigDict, scratch: pathlib.Path) -> list[Abstract]:
     """
     config, guessed = _at_hand(config, scratch)
     validation.validate(config)
-    return [_abstract(group, guessed) for group in runs.groups(config)]
+    return [_abstract(group, guessed) for group in run_directory.groups(config)]
 
 
 def _traced(built, state, hyper, frozen) -> tuple[Stream, dict[str, float]]:
@@ -100,8 +104,8 @@ def _abstract(group, guessed) -> Abstract:
     base = _weights(config.model.path, config.model.dtype, config.model.quantize)
     student = _weights(config.env.student_model, config.model.dtype) if config.env.student_model else None
     paths, start, reference = tuple(config.reference.paths), None, ()
-    if paths and runs.parse(paths[0]):
-        reference, start, _ = sweep.load_reference(paths)
+    if paths and run_directory.parse(paths[0]):
+        reference, start, _ = member_groups.load_reference(paths)
     elif paths:
         reference = _stacked(_weights(paths[0]).params, len(paths))
     built = program.build(statics[0], base, start)._replace(cpu=False)          # what is planned for is no CPU
@@ -141,7 +145,7 @@ def _at_hand(config, scratch) -> tuple[ConfigDict, dict]:
     config.model.path, own_words = place("model.path", config.model.path)
     if config.env.student_model:
         config.env.student_model, _ = place("env.student_model", config.env.student_model)
-    if not (config.reference.paths and runs.parse(config.reference.paths[0])):
+    if not (config.reference.paths and run_directory.parse(config.reference.paths[0])):
         config.reference.paths = tuple(place("reference.paths", path)[0] for path in config.reference.paths)
     config.reward = configs.default().reward         # which is no part of these programs
     config.model.attention = config.model.attention and "xla"       # the GPU for the other is not here
@@ -164,7 +168,7 @@ def _place(setting, path, folder) -> tuple[str, bool]:
             settings = folders.settings(own)
     else:
         settings = _settings(setting, path)
-    with configuration.errors_of(own):
+    with hf_config.errors_of(own):
         families.read(settings)
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(settings), encoding="utf-8")

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
-from kl_reg import parallel
 from kl_reg.planning import hlo
 from kl_reg.planning.abstract import Abstract
+from kl_reg.sharding import mesh as meshes
 from kl_reg.training import program
 
 STAGES = ("rollout", "update")
@@ -60,10 +60,10 @@ def arguments(abstract: Abstract, mesh: Mesh | AbstractMesh) -> Arguments:
     """As the training loop puts them on the mesh."""
     place = lambda tree, shardings: jax.tree.map(  # noqa: E731
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree, shardings(tree, mesh))
-    own, members, rows = abstract.stream, parallel.member_shardings, parallel.episode_shardings
+    own, members, rows = abstract.stream, meshes.member_shardings, meshes.episode_shardings
     return Arguments(
-        place(abstract.state, parallel.state_shardings), place(abstract.hyper, members),
-        place(abstract.frozen, parallel.model_shardings), place(own.keys, members), place(own.first, members),
+        place(abstract.state, meshes.state_shardings), place(abstract.hyper, members),
+        place(abstract.frozen, meshes.model_shardings), place(own.keys, members), place(own.first, members),
         place(own.episodes, rows), place(own.rewards, rows))
 
 
@@ -85,8 +85,8 @@ def _cache(abstract, mesh):
     rows = len(abstract.members) * abstract.program.episodes
 
     def own(x):
-        axes = (parallel.ROWS if x.shape[0] == rows else None, "tensor")
-        sharding = NamedSharding(mesh, parallel.fitting(axes, x.shape[:2], mesh))
+        axes = (meshes.ROWS if x.shape[0] == rows else None, "tensor")
+        sharding = NamedSharding(mesh, meshes.fitting(axes, x.shape[:2], mesh))
         return math.prod(sharding.shard_shape(x.shape)) * x.dtype.itemsize
 
     return float(sum(own(x) for x in jax.tree.leaves(abstract.stream.cache) if x.ndim > 2))

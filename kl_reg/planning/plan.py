@@ -9,9 +9,9 @@ from typing import NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from kl_reg import parallel
 from kl_reg.planning import abstract, compiled, estimate
 from kl_reg.planning.accelerators import GIB, Topology
+from kl_reg.sharding import mesh as meshes
 
 
 class StagePlan(NamedTuple):
@@ -86,9 +86,9 @@ def make(programs: list[abstract.Abstract], settings: ConfigDict, topology: Topo
     """
     if settings.slices != topology.slices:
         raise ValueError(f"parallel.slices={settings.slices}: {topology.name} has {topology.slices}")
-    mesh = parallel.mesh_of(settings, topology.devices)
+    mesh = meshes.mesh_of(settings, topology.devices)
     for own in programs:
-        parallel.check(own.program, settings.mode, len(own.members), own.shapes.experts, mesh)
+        meshes.check(own.program, settings.mode, len(own.members), own.shapes.experts, mesh)
     given = [compiled.arguments(own, mesh) for own in programs]
     kept = [compiled.resident(own, args, mesh) for own, args in zip(programs, given, strict=True)]
     states = sum(own.params + own.optimizer + own.other for own in kept)
@@ -98,7 +98,7 @@ def make(programs: list[abstract.Abstract], settings: ConfigDict, topology: Topo
         stages = [_stage(own, compiled.compile_stage(name, own, args, mesh), resident, beside, topology, mesh)
                   for name in compiled.STAGES]
         plans.append(_program(own, resident, stages))
-    notes = parallel.undivided(programs[0].frozen.base, parallel.DECODER, mesh)
+    notes = meshes.undivided(programs[0].frozen.base, meshes.DECODER, mesh)
     return Plan(topology, dict(mesh.shape), count(programs), programs[0].guessed, notes, plans)
 
 

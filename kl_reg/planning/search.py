@@ -9,10 +9,10 @@ from typing import NamedTuple
 import jax
 from jax.sharding import AbstractMesh
 
-from kl_reg import parallel
 from kl_reg.planning import compiled, estimate
 from kl_reg.planning.abstract import Abstract
 from kl_reg.planning.accelerators import Topology
+from kl_reg.sharding import mesh
 
 
 class Guess(NamedTuple):
@@ -28,7 +28,7 @@ class Guess(NamedTuple):
         return self.rollout.seconds + self.update.seconds
 
 
-def meshes(programs: list[Abstract], topology: Topology) -> list[dict[str, int]]:
+def candidates(programs: list[Abstract], topology: Topology) -> list[dict[str, int]]:
     """All that divide the members, episodes, heads and experts that there are; slices lie on member or data."""
     shapes, out = programs[0].shapes, []
     members = math.gcd(*(len(own.members) for own in programs))
@@ -36,9 +36,9 @@ def meshes(programs: list[Abstract], topology: Topology) -> list[dict[str, int]]
     columns = math.gcd(shapes.mlp_width, shapes.heads * shapes.head_width)
     bounds = {"member": members, "tensor": columns, "expert": max(shapes.experts, 1)}
     divisors = [size for size in range(1, topology.count + 1) if topology.count % size == 0]
-    for shape in itertools.product(divisors, repeat=len(parallel.AXES) - 1):
+    for shape in itertools.product(divisors, repeat=len(mesh.AXES) - 1):
         rest = topology.count // math.prod(shape) if topology.count % math.prod(shape) == 0 else 0
-        axes = dict(zip(parallel.AXES, (*shape, rest), strict=True))
+        axes = dict(zip(mesh.AXES, (*shape, rest), strict=True))
         whole = rest and rows % (axes["data"] * axes["fsdp"]) == 0
         slices = axes["member"] % topology.slices == 0 or axes["data"] % topology.slices == 0
         if whole and slices and all(bound % axes[name] == 0 for name, bound in bounds.items()):
@@ -48,7 +48,7 @@ def meshes(programs: list[Abstract], topology: Topology) -> list[dict[str, int]]
 
 def rank(programs: list[Abstract], topology: Topology) -> list[Guess]:
     """The fastest first, behind them those that do not fit, the smallest first."""
-    found = [guess(programs, axes, topology) for axes in meshes(programs, topology)]
+    found = [guess(programs, axes, topology) for axes in candidates(programs, topology)]
     limit = topology.accelerator.hbm
     return sorted(found, key=lambda own: (own.needs > limit, own.seconds if own.needs <= limit else own.needs))
 

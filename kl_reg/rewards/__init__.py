@@ -13,12 +13,12 @@ from kl_reg.config import default
 from kl_reg.registry import Registry
 from kl_reg.rewards import classifier as classifiers
 from kl_reg.rewards import log_likelihood as likelihoods
+from kl_reg.rewards.calls import Scores, score
 from kl_reg.rewards.chat import texts
 from kl_reg.rewards.distinct import distinct
 from kl_reg.rewards.length import length
 from kl_reg.rewards.regex import regex
 from kl_reg.rewards.reward import NAN, Reward, assemble, digest, names, of, sources, weights_of
-from kl_reg.rewards.scoring import Scores, score
 from kl_reg.rewards.table import table
 from kl_reg.rewards.trainer import Trainer, TrainerState
 from kl_reg.rewards.vader import vader

@@ -9,8 +9,9 @@ import jax
 import numpy as np
 from jax.tree_util import keystr, tree_leaves_with_path
 
-from kl_reg.models import embeddings, encoder
-from kl_reg.models.encoder_families import Classifier, load, load_config
+from kl_reg.models import encoder
+from kl_reg.pretrained import embeddings
+from kl_reg.pretrained.encoder_families import Classifier, load, load_config
 from kl_reg.rewards.buckets import batches
 from kl_reg.rewards.chat import texts
 

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
 
-from kl_reg.models import decoder, embeddings, folders, tokenizer, weights
+from kl_reg.models import decoder
+from kl_reg.pretrained import embeddings, folders, tokenizer, weights
 from kl_reg.rewards.buckets import batches
 from kl_reg.rewards.chat import texts
 

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Float32
 
 from kl_reg.envs.environment import Reply
-from kl_reg.rewards.scoring import Scores
+from kl_reg.rewards.calls import Scores
 
 
 class Credit(NamedTuple):

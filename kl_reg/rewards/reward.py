@@ -8,7 +8,7 @@ import numbers
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
-from kl_reg.identity import digest_of, name_of
+from kl_reg.runs.fingerprint import digest_of, name_of
 
 
 class Reward(NamedTuple):

@@ -6,7 +6,7 @@ import inspect
 import types
 from collections.abc import Callable, Sequence
 
-from kl_reg.identity import Wrapper
+from kl_reg.runs.fingerprint import Wrapper
 
 _ANY = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 

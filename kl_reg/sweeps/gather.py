@@ -5,12 +5,13 @@ import os
 
 import numpy as np
 
-from kl_reg import checkpoint, runs, storage
-from kl_reg.analysis import report
-from kl_reg.analysis.recorded import pooled
+from kl_reg.analysis.report import page
+from kl_reg.episodes.metrics import pooled
+from kl_reg.runs import checkpoint, storage
+from kl_reg.runs import directory as run_directory
 from kl_reg.sweeps import plan
 from kl_reg.training.evaluate import seeds_of
-from kl_reg.training.sweep import hyper_of
+from kl_reg.training.member_groups import hyper_of
 
 
 def gather(workdir: str | os.PathLike) -> storage.Path:
@@ -37,7 +38,7 @@ def gather(workdir: str | os.PathLike) -> storage.Path:
                                   sweep.workdir / f"members/{member}")
                 rows[member] = row | {"member": member, "hyper": hypers[member]}
         storage.write_json(sweep.workdir / "summary.json", [rows[member] for member in sorted(rows)])
-        return report.write_report(sweep.workdir)
+        return page.write_report(sweep.workdir)
 
 
 def _base(sweep, rows):
@@ -69,7 +70,7 @@ def _describe(sweep, done):
             if stored[number]["inputs"][key] != first[key]:
                 raise ValueError(f"{sweep.folder(number)} was trained with another {key} than {sweep.folder(done[0])}: "
                                  f"{stored[number]['inputs'][key]} and {first[key]}; remove one and train it again")
-    groups = [[number for number, _ in group] for group in runs.groups(sweep.config)]
+    groups = [[number for number, _ in group] for group in run_directory.groups(sweep.config)]
     held = {key: [_one(sweep, stored, group, key) for group in groups] for key in ("references", "functions")}
     inputs = checkpoint.Inputs(first["base"], first["rewards"], environment=first["environment"],
                                student=first["student"], **held)

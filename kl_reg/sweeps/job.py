@@ -9,7 +9,7 @@ import time
 import traceback
 from collections.abc import Iterator
 
-from kl_reg import storage
+from kl_reg.runs import storage
 from kl_reg.sweeps import gather, plan
 
 
@@ -19,7 +19,7 @@ class ProgramFailed(RuntimeError):
 
 def run(workdir: str | os.PathLike, number: int) -> None:
     """Trains and evaluates one program from where its checkpoints are; what is printed goes to its log. The one that
-    ends last gathers the sweep. Where several processes run a program together (`hosts.join`), the first keeps its
+    ends last gathers the sweep. Where several processes run a program together (`multihost.join`), the first keeps its
     record.
 
     Raises:
@@ -29,11 +29,11 @@ def run(workdir: str | os.PathLike, number: int) -> None:
     sweep = plan.read(workdir)
     if not 0 <= number < len(sweep.programs):
         raise ValueError(f"{workdir} has programs 0 to {len(sweep.programs) - 1}; there is no {number}")
-    from kl_reg import hosts
+    from kl_reg.sharding import multihost
 
-    hosts.join()
-    if not hosts.writes():
-        with _into(sweep.workdir / f"logs/{number}.{hosts.index()}.txt"):
+    multihost.join()
+    if not multihost.writes():
+        with _into(sweep.workdir / f"logs/{number}.{multihost.index()}.txt"):
             _run(sweep, number)
         return
     with plan.locked(sweep.workdir / f"logs/{number}.lock", otherwise=busy(sweep, number)), _into(sweep.log(number)):

@@ -11,7 +11,9 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from kl_reg import config as configs
-from kl_reg import runs, storage, validation
+from kl_reg import validation
+from kl_reg.runs import directory as run_directory
+from kl_reg.runs import storage
 
 
 class Sweep(NamedTuple):
@@ -59,7 +61,7 @@ def divide(config: ConfigDict, members_per_job: int | None = None) -> list[list[
     validation.validate(config)
     if members_per_job is not None and members_per_job < 1:
         raise ValueError(f"members_per_job={members_per_job} must be at least 1")
-    numbers = [[number for number, _ in group] for group in runs.groups(config)]
+    numbers = [[number for number, _ in group] for group in run_directory.groups(config)]
     return [own[i:i + (members_per_job or len(own))] for own in numbers
             for i in range(0, len(own), members_per_job or len(own))]
 
@@ -111,7 +113,7 @@ def read(workdir: str | os.PathLike) -> Sweep:
         raise FileNotFoundError(f"{file} is missing: python -m launch.sweep with --jobs, --members_per_job or another "
                                 "--backend than local writes it")
     stored = storage.read_json(file)
-    return Sweep(workdir, runs.from_stored(stored["config"], file), stored["programs"])
+    return Sweep(workdir, run_directory.from_stored(stored["config"], file), stored["programs"])
 
 
 def config_of(sweep: Sweep, number: int) -> ConfigDict:

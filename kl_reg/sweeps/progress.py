@@ -7,7 +7,8 @@ import socket
 from typing import NamedTuple
 
 from kl_reg import config as configs
-from kl_reg import runs, storage
+from kl_reg.runs import directory as run_directory
+from kl_reg.runs import storage
 from kl_reg.sweeps import plan
 
 OVER = ("done", "failed", "lost")
@@ -43,7 +44,7 @@ def rows(workdir: str | os.PathLike) -> list[Row]:
         parts = [(number, sweep.folder(number), state(sweep, number), own) for number, own in enumerate(sweep.programs)]
         config = sweep.config
     elif (workdir / "config.json").is_file():
-        config = runs.config_of(workdir)
+        config = run_directory.config_of(workdir)
         done = "done" if (workdir / "summary.json").is_file() else "unfinished"
         parts = [(None, workdir, done, list(range(len(configs.members(config)))))]
     else:

@@ -9,25 +9,29 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from kl_reg import hosts, metrics, parallel, rollout, storage
-from kl_reg.analysis.recorded import ledger, pooled
-from kl_reg.models import weights
-from kl_reg.training import sweep
-from kl_reg.training.judging import Judges, describe, judge
+from kl_reg.episodes.metrics import ledger, pooled
+from kl_reg.pretrained import weights
+from kl_reg.runs import log as run_log
+from kl_reg.runs import storage
+from kl_reg.sampling import rollout
+from kl_reg.sharding import mesh as meshes
+from kl_reg.sharding import multihost
+from kl_reg.training import member_groups
+from kl_reg.training.rewarding import Judges, describe, judge
 from kl_reg.types import Episodes
 
 
-def evaluate(config: ConfigDict, groups: Sequence[sweep.Group], states: Sequence, model: weights.Model, judges: Judges,
-             workdir: storage.Path) -> list[dict]:
+def evaluate(config: ConfigDict, groups: Sequence[member_groups.Group], states: Sequence, model: weights.Model,
+             judges: Judges, workdir: storage.Path) -> list[dict]:
     """Evaluates the base and every member; writes evaluation.npz of each and returns the summary's rows.
 
     An episode is drawn with a key of `evaluation.seed`, the member's seed and the episode's index: members that differ
     in other settings are compared on the same random numbers, and the errors of different seeds are independent. The
     base is evaluated on the keys of every seed.
     """
-    hypers, rows = sweep.hyper_of(config), {}
-    with metrics.progress_bar("evaluate", len(groups) + 1, shown=hosts.writes()) as bar:
-        plain = sweep.base_group(groups, config, model)
+    hypers, rows = member_groups.hyper_of(config), {}
+    with run_log.progress_bar("evaluate", len(groups) + 1, shown=multihost.writes()) as bar:
+        plain = member_groups.base_group(groups, config, model)
         rows["base"] = _evaluate_base(config, plain, model, judges, workdir / "members/base")
         bar.step()
         for group, state in zip(groups, states, strict=True):
@@ -38,14 +42,14 @@ def evaluate(config: ConfigDict, groups: Sequence[sweep.Group], states: Sequence
                 final, arrays = _final(group, jax.tree.map(lambda x, i=i: x[i], episodes), judges, seeds[i])
                 _write(folder, arrays)
                 rows[number] = {"member": number, "hyper": hypers[number], "final": final,
-                                "best": hosts.first(partial(metrics.best, folder / "metrics.jsonl"))}
+                                "best": multihost.first(partial(run_log.best, folder / "metrics.jsonl"))}
             bar.step()
     return [rows[key] for key in sorted(rows, key=lambda key: -1 if key == "base" else key)]
 
 
 def seeds_of(config: ConfigDict) -> list[int]:
     """The different seeds of a sweep's members, in the order of the members."""
-    return list(dict.fromkeys(row["seed"] for row in sweep.hyper_of(config)))
+    return list(dict.fromkeys(row["seed"] for row in member_groups.hyper_of(config)))
 
 
 def _evaluate_base(config, group, model, judges, folder):
@@ -82,10 +86,10 @@ def _sample_base(config, group, base):
 def _sample(config, group, state, seeds, first):
     """A batch of each member [m, b, ...] on the host: episodes `first`, `first` + 1, ... of these seeds."""
     evaluation = np.full(len(seeds), config.evaluation.seed)
-    evaluation, seeds, first = parallel.put_members(
+    evaluation, seeds, first = meshes.put_members(
         tuple(np.array(x, np.int32) for x in (evaluation, seeds, first)), group.mesh)
     keys = rollout.evaluation_keys(evaluation, seeds)
-    return parallel.fetch(without_features(group.run.sample(state.params, state.reference, group.hyper, group.frozen,
+    return meshes.fetch(without_features(group.run.sample(state.params, state.reference, group.hyper, group.frozen,
                                                             keys, first)))
 
 
@@ -104,5 +108,5 @@ def _final(group, episodes, judges, seed):
 
 
 def _write(folder, arrays):
-    if hosts.writes():
+    if multihost.writes():
         storage.write_arrays(folder / "evaluation.npz", arrays)

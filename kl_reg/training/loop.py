@@ -11,14 +11,19 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from kl_reg import checkpoint, hosts, metrics, parallel, rewards, rollout, storage, validation
 from kl_reg import config as configs
-from kl_reg.analysis import report, stats
-from kl_reg.analysis.recorded import objective
-from kl_reg.identity import digest_of, name_of
-from kl_reg.models import end_tokens, folders, quantize, tokenizer, weights
-from kl_reg.training import evaluate, sweep
-from kl_reg.training.judging import Judges, describe, judge_members
+from kl_reg import rewards, validation
+from kl_reg.analysis.report import page, stats
+from kl_reg.episodes.metrics import objective
+from kl_reg.pretrained import end_tokens, folders, quantize, tokenizer, weights
+from kl_reg.runs import checkpoint, storage
+from kl_reg.runs import log as run_log
+from kl_reg.runs.fingerprint import digest_of, name_of
+from kl_reg.sampling import rollout
+from kl_reg.sharding import mesh as meshes
+from kl_reg.sharding import multihost
+from kl_reg.training import evaluate, member_groups
+from kl_reg.training.rewarding import Judges, describe, judge_members
 from kl_reg.types import Episodes
 
 
@@ -74,12 +79,12 @@ def train(config: ConfigDict, reward_fn: Callable | Sequence[Callable] | None = 
         config.reward.name, config.reward.weights = rewards.sources(judges.reward), weighted
     if loss_fn is not None:
         config.rl.loss = name_of(loss_fn)
-    mesh = parallel.mesh_for(config.parallel)
-    model, rounding = weights.load(config.model.path, config.model.dtype, parallel.sharding_of(mesh)), None
+    mesh = meshes.mesh_for(config.parallel)
+    model, rounding = weights.load(config.model.path, config.model.dtype, meshes.sharding_of(mesh)), None
     if config.model.quantize:
         model, rounding = quantize.convert(model)
         _say(f"model.quantize={config.model.quantize}: {rounding}")
-    groups = sweep.plan(config, model, loss_fn, mesh)
+    groups = member_groups.plan(config, model, loss_fn, mesh)
     if groups[0].program.env.ends:
         words = tokenizer.load(model.folder)
         _say(f"end tokens: {end_tokens.describe(end_tokens.named(model.folder, words), words)}")
@@ -89,12 +94,12 @@ def train(config: ConfigDict, reward_fn: Callable | Sequence[Callable] | None = 
         folders.digest(folders.find(student)) if student else "",
         [[digest_of(part) for part in group.program.own_parts()] for group in groups])
     resolved = checkpoint.describe(config, inputs, [group.members for group in groups], rounding and rounding.record())
-    hosts.first(lambda: checkpoint.claim(workdir, resolved))
+    multihost.first(lambda: checkpoint.claim(workdir, resolved))
     states = [group.run.init(model.params, group.seeds, group.hyper) for group in groups]
     saved = checkpoint.Checkpoints(workdir / "checkpoints", resolved, config.checkpoint.keep)
     states = saved.restore(states)
     if mesh is not None:
-        _say(parallel.describe(mesh, model.params, states))
+        _say(meshes.describe(mesh, model.params, states))
     try:
         rates = _iterate(config, groups, states, judges, workdir, saved, began)
     finally:
@@ -103,27 +108,27 @@ def train(config: ConfigDict, reward_fn: Callable | Sequence[Callable] | None = 
     params = {number: jax.tree.map(lambda x, i=i: x[i], state.params)
               for group, state in zip(groups, states, strict=True) for i, number in enumerate(group.members)}
     return Result(summary, [params[number] for number in sorted(params)], workdir,
-                  hosts.first(lambda: _report(workdir, summary)), float(np.median(rates)) if rates else None)
+                  multihost.first(lambda: _report(workdir, summary)), float(np.median(rates)) if rates else None)
 
 
 def _report(workdir, summary):
     storage.write_json(workdir / "summary.json", summary)
-    return report.write_report(workdir)
+    return page.write_report(workdir)
 
 
 def _say(text):
-    if hosts.writes():
-        print(metrics.writable(text, sys.stdout.encoding))
+    if multihost.writes():
+        print(run_log.writable(text, sys.stdout.encoding))
 
 
 def _iterate(config, groups, states, judges, workdir, saved, start):
     """Runs the iterations that are left; `states` is updated in place, one entry a group. Tokens per second of each."""
-    done = int(parallel.fetch(states[0].iteration)[0])
-    hypers, rates, late, silent = sweep.hyper_of(config), [], set(), set()
-    logs = [metrics.MemberLog(workdir / f"members/{i}", hyper, done, config.log.tensorboard)
-            for i, hyper in enumerate(hypers)] if hosts.writes() else []
-    with metrics.progress_bar("train", config.rl.iterations, done, hosts.writes()) as bar, \
-            metrics.compilations() as compiled:
+    done = int(meshes.fetch(states[0].iteration)[0])
+    hypers, rates, late, silent = member_groups.hyper_of(config), [], set(), set()
+    logs = [run_log.MemberLog(workdir / f"members/{i}", hyper, done, config.log.tensorboard)
+            for i, hyper in enumerate(hypers)] if multihost.writes() else []
+    with run_log.progress_bar("train", config.rl.iterations, done, multihost.writes()) as bar, \
+            run_log.compilations() as compiled:
         if done:
             bar.log(f"{workdir}: already trained for {done} of {config.rl.iterations} iterations")
         for iteration in range(done, config.rl.iterations):
@@ -189,11 +194,11 @@ class _Batch(NamedTuple):
 
 def _sample(group, state):
     keys = rollout.member_keys(state.seed, state.iteration)
-    first = parallel.put_members(np.zeros(len(group.members), np.int32), group.mesh)
+    first = meshes.put_members(np.zeros(len(group.members), np.int32), group.mesh)
     with jax.transfer_guard("disallow"):        # what moves between host and device is said here
         episodes = group.run.draw(state.params, state.reference, group.hyper, group.frozen, keys, first,
                                     group.program.group)
-        return _Batch(episodes, parallel.readable(evaluate.without_features(episodes)))
+        return _Batch(episodes, meshes.readable(evaluate.without_features(episodes)))
 
 
 def _update(group, state, batch, judges):
@@ -203,11 +208,11 @@ def _update(group, state, batch, judges):
     judged = judge_members(group.program, judges, [jax.tree.map(lambda x, i=i: x[i], said)
                                                    for i in range(len(group.members))])
     with jax.transfer_guard("disallow"):
-        stream, known = (parallel.put_episodes(np.stack([getattr(own.credit, name) for own in judged]), group.mesh)
+        stream, known = (meshes.put_episodes(np.stack([getattr(own.credit, name) for own in judged]), group.mesh)
                          for name in ("stream", "judged"))
         state, parts, extreme, episodes = group.run.update(
             state, group.hyper, group.frozen, batch.episodes._replace(judged=known), stream)
-        parts, extreme, recorded = parallel.fetch((parts, extreme, episodes))
+        parts, extreme, recorded = meshes.fetch((parts, extreme, episodes))
     rows = [describe(group.program, own, jax.tree.map(lambda x, i=i: x[i], recorded)) for i, own in enumerate(judged)]
     for i, row in enumerate(rows):
         row.update({name: float(value[i]) for name, value in parts.items()})

@@ -13,16 +13,24 @@ import optax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from kl_reg import advantages, divided, envs, losses, parallel, rollout, runs
-from kl_reg.analysis.groups import TokenGroups, token_groups
+from kl_reg import algorithms, envs
+from kl_reg.algorithms import advantages, reductions
 from kl_reg.config import Static
 from kl_reg.envs.environment import Environment
-from kl_reg.identity import is_library
+from kl_reg.episodes.token_groups import TokenGroups, token_groups
 from kl_reg.kl import controllers, estimators
 from kl_reg.kl.spends import SPENDS
-from kl_reg.losses import reductions
-from kl_reg.mapped import over_members
-from kl_reg.models import embeddings, end_tokens, policies, policy, reference, student, tokenizer, weights
+from kl_reg.policies import kinds as policies
+from kl_reg.policies import student
+from kl_reg.policies.interface import Alone, Policy
+from kl_reg.pretrained import embeddings, end_tokens, tokenizer, weights
+from kl_reg.references import kinds as references
+from kl_reg.runs import directory as run_directory
+from kl_reg.runs.fingerprint import is_library
+from kl_reg.sampling import rollout
+from kl_reg.sharding import constraints
+from kl_reg.sharding import mesh as meshes
+from kl_reg.sharding.batching import over_members
 from kl_reg.training import scoring, step
 from kl_reg.types import Episodes, Frozen, Hyper, Sampling, TrainState
 
@@ -30,13 +38,13 @@ from kl_reg.types import Episodes, Frozen, Hyper, Sampling, TrainState
 class Program(NamedTuple):
     """The objects that the static settings name, and the settings that rollout and step read.
 
-    `per_token`: whether the loss says so (`losses.LOSSES`). `cpu`: whether it is made for one. `axis` is that of the
-    devices of which each runs this program on `episodes` of its own; None: there is one. `given`: pieces that a dotted
-    path names, beside those of the loss.
+    `per_token`: whether the loss says so (`algorithms.LOSSES`). `cpu`: whether it is made for one. `axis` is that of
+    the devices of which each runs this program on `episodes` of its own; None: there is one. `given`: pieces that a
+    dotted path names, beside those of the loss.
     """
 
-    policy: policy.Policy
-    reference: reference.Reference
+    policy: Policy
+    reference: references.Reference
     student: student.Student
     env: Environment
     groups: TokenGroups
@@ -92,7 +100,7 @@ class Program(NamedTuple):
         return self.parallel and self.per_token and self.kl.config.reduction == "token"
 
     @property
-    def writer(self) -> policy.Policy | policy.Alone:
+    def writer(self) -> Policy | Alone:
         """What draws the agent's tokens."""
         return self.policy.alone if self.deferred else self.policy
 
@@ -118,7 +126,7 @@ class Program(NamedTuple):
         the same: as many as have, where what they share can lie on the devices that they lie on."""
         if len(self.env.openings.start) == 1:
             return self.episodes
-        return group if self.episodes // group % divided.spread() == 0 else 1
+        return group if self.episodes // group % constraints.spread() == 0 else 1
 
     def cost(self, members: int) -> scoring.Cost:
         """Of an update: its minibatches' parts."""
@@ -131,7 +139,7 @@ class Program(NamedTuple):
 
     def _cost(self, rows, group, members):
         # Over several devices the tokens of openings and of episodes would have to change places in every layer.
-        return scoring.Cost(group if rows % group == 0 and divided.spread() == 1 else 1, members)
+        return scoring.Cost(group if rows % group == 0 and constraints.spread() == 1 else 1, members)
 
     def own_parts(self) -> list:
         """What is not the library's: an edited one is another experiment."""
@@ -169,17 +177,17 @@ def build(static: Static, model: weights.Model, start=None, loss: Callable | Non
                                  attention=config.model.attention)
     named = ((envs.ENVIRONMENTS, config.env.name), (estimators.ESTIMATORS, estimators.canonical(kl.estimator)),
              (SPENDS, kl.spend), (controllers.CONTROLLERS, kl.controller),
-             (reference.REFERENCES, config.reference.name), (policies.POLICIES, config.policy.kind))
+             (references.REFERENCES, config.reference.name), (policies.POLICIES, config.policy.kind))
     agent = policies.build(config.policy.kind, shapes, config.policy)
-    measured = reference.build(config.reference, agent, drawn, start)
+    measured = references.build(config.reference, agent, drawn, start)
     if not measured.proper:
         estimators.check_semi(static.kl())
     return Program(
         policy=agent, reference=measured, env=env,
         student=student.other(weights.load_config(other, config.model.dtype)) if other else student.base(),
         groups=token_groups(words, config.env.end, config.log.groups.to_dict()),
-        sampling=drawn, kl=estimators.build(static.kl()), loss=loss or losses.LOSSES[rl.loss],
-        per_token=loss is None and losses.LOSSES.facts(rl.loss)["per_token"],
+        sampling=drawn, kl=estimators.build(static.kl()), loss=loss or algorithms.LOSSES[rl.loss],
+        per_token=loss is None and algorithms.LOSSES.facts(rl.loss)["per_token"],
         controller=controllers.CONTROLLERS[kl.controller](rl.iterations, rl.episodes),
         advantage=advantages.ADVANTAGES[rl.advantage], reduction=reductions.REDUCTIONS[rl.reduction], group=rl.group,
         optimizer=optax.scale_by_adam(), max_grad_norm=config.optim.max_grad_norm,
@@ -193,7 +201,7 @@ def build(static: Static, model: weights.Model, start=None, loss: Callable | Non
 def _check_embeddings(config, env, words, model):
     """Raises where a model that reads the episodes lacks a row for a token of an opening, a marker or an end token."""
     others = [("env.student_model", config.env.student_model)] * bool(config.env.student_model)
-    others += [("reference.paths", path) for path in config.reference.paths if not runs.parse(path)]
+    others += [("reference.paths", path) for path in config.reference.paths if not run_directory.parse(path)]
     tables = [(f"model.path={config.model.path!r}", model.config.vocab),
               *((f"{setting}={path!r}", weights.load_config(path).vocab) for setting, path in others)]
     tokens = np.asarray(env.openings.tokens)
@@ -225,7 +233,7 @@ def compile_program(program: Program, mesh: Mesh | None = None, mode: str = "jit
     """The program's functions; each compiles at its first call.
 
     Args:
-        mesh: that arguments lie on as `kl_reg.parallel` says; None: one device.
+        mesh: that arguments lie on as `kl_reg.sharding.mesh` says; None: one device.
         mode: "jit": the compiler divides the program over the mesh; "pmap": each device along "data" runs it on its own
             part of the episodes, and what is a sum over episodes is added up.
     """
@@ -238,7 +246,7 @@ def compile_program(program: Program, mesh: Mesh | None = None, mode: str = "jit
 
 
 def _divided(run: Compiled, mesh: Mesh) -> Compiled:
-    """The same functions, in which arrays lie on the mesh as `kl_reg.parallel` says."""
+    """The same functions, in which arrays lie on the mesh as `kl_reg.sharding.mesh` says."""
     def over(function):
         @wraps(function)            # its argument `group` is static by name
         def call(*args, **static):
@@ -279,11 +287,11 @@ def _functions(program: Program) -> Compiled:
             return TrainState(params, program.optimizer.init(params), seed, jnp.int32(0),
                               program.controller.init(hyper), program.reference.init(params))
 
-        return divided.constrain_state(jax.vmap(one)(seeds, hyper))
+        return constraints.constrain_state(jax.vmap(one)(seeds, hyper))
 
     def draw(params, memory, hyper: Hyper, frozen: Frozen, keys, first, group=1) -> Episodes:
         episodes = rollout.rollout(program, params, memory, frozen, scoring.caps_of(hyper), keys, first, group)
-        return divided.constrain(episodes, "member", parallel.EPISODES)
+        return constraints.constrain(episodes, "member", meshes.EPISODES)
 
     def complete(params, frozen, episodes, group, terms) -> Episodes:
         cost = program.cost_of_all(group, len(episodes.mask))
@@ -291,7 +299,7 @@ def _functions(program: Program) -> Compiled:
 
     def sample(params, memory, hyper: Hyper, frozen: Frozen, keys, first, group=1) -> Episodes:
         episodes = draw(params, memory, hyper, frozen, keys, first, group)
-        return divided.constrain(complete(params, frozen, episodes, group, terms=True), "member", parallel.EPISODES)
+        return constraints.constrain(complete(params, frozen, episodes, group, terms=True), "member", meshes.EPISODES)
 
     def update(state: TrainState, hyper: Hyper, frozen: Frozen, episodes: Episodes, rewards):
         episodes = complete(state.params, frozen, episodes, program.group, not program.once)
@@ -299,6 +307,6 @@ def _functions(program: Program) -> Compiled:
         one = partial(step.update, program, members=len(state.seed))
         state, *said, episodes = over_members(one, (0, 0, None, 0, 0, None))(
             state, hyper, frozen, episodes, rewards, longest)
-        return divided.constrain_state(state), *said, episodes._replace(features=(), reference=(), kept=None)
+        return constraints.constrain_state(state), *said, episodes._replace(features=(), reference=(), kept=None)
 
     return Compiled(init, draw, sample, update)

@@ -10,16 +10,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kl_reg import choice
-from kl_reg.divided import EPISODES, constrain, spread
 from kl_reg.kl import budget
 from kl_reg.kl.budget import Caps
 from kl_reg.kl.chunked import chunked_loss, chunked_terms
 from kl_reg.kl.exact import TokenTerms
-from kl_reg.mapped import over_members
-from kl_reg.models.actor import Situation
 from kl_reg.models.decoder import unembedding
-from kl_reg.models.policy import States
+from kl_reg.policies.actor import Situation
+from kl_reg.policies.interface import States
+from kl_reg.sampling import action as actions
+from kl_reg.sharding.batching import over_members
+from kl_reg.sharding.constraints import EPISODES, constrain, spread
 from kl_reg.types import Episodes, Frozen, Hyper
 
 
@@ -186,9 +186,9 @@ def read_in_order(program, params, memory, frozen: Frozen, episodes: Episodes, c
                                    gap=constrain(measure.gap, EPISODES, None))
 
         def row(measure, spend, value, kept, left, slot, action, drawn):
-            part = choice.part_of(program, spend, drawn, slot - width)
-            terms, cost = choice.terms_of(program, choice.constrain(program, measure, kept, left, part), action)
-            log_prob = terms.log_prob + choice.part_log_prob(program, spend, drawn)
+            part = actions.part_of(program, spend, drawn, slot - width)
+            terms, cost = actions.terms_of(program, actions.constrain(program, measure, kept, left, part), action)
+            log_prob = terms.log_prob + actions.part_log_prob(program, spend, drawn)
             return Scores(terms._replace(log_prob=log_prob), value), cost
 
         scores, cost = jax.vmap(row)(measure._replace(models=None), reading.spend, reading.value, kept, left, slot,

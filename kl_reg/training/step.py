@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from kl_reg import divided
-from kl_reg.advantages import GROUPS, leaves_out, normalise
+from kl_reg.algorithms.advantages import GROUPS, leaves_out, normalise
+from kl_reg.algorithms.value import squared_error
 from kl_reg.kl.exact import TokenTerms
-from kl_reg.losses.value import squared_error
-from kl_reg.parallel import EPISODES
+from kl_reg.sharding import constraints
+from kl_reg.sharding.mesh import EPISODES
 from kl_reg.training.scoring import Cost, Scores, caps_of, loss_at_once, score, with_scores
 from kl_reg.types import Episodes, Frozen, Hyper, TrainState, WeightedMetric
 
@@ -67,7 +67,7 @@ def weights_of(program, episodes: Episodes) -> Weights:
         return program.reduction(jnp.zeros((1, len(mask))), mask[None], program.env.length).weight
 
     loss = jnp.where(episodes.judged, jax.vmap(row)(episodes.learned), 0.0).sum()
-    loss, tokens = divided.total((loss, episodes.learned.sum().astype(jnp.float32)), program.axis)
+    loss, tokens = constraints.total((loss, episodes.learned.sum().astype(jnp.float32)), program.axis)
     return Weights(jnp.maximum(loss, 1), jnp.maximum(tokens, 1))
 
 
@@ -143,10 +143,10 @@ def targets(program, episodes: Episodes, rewards: Float[Array, "b k"], coef: Flo
         return program.advantage(rewards, values, mask, hyper.discount, hyper.gae_lambda, **known)
 
     groups = jax.tree.map(lambda x: x.reshape(-1, program.group, *x.shape[1:]),
-                          divided.together((rewards, episodes.value, mask, episodes.judged), program.axis))
+                          constraints.together((rewards, episodes.value, mask, episodes.judged), program.axis))
     advantages, returns, scale = jax.vmap(estimate, axis_name=GROUPS)(*groups)
     every = advantages.reshape(-1, mask.shape[1]), returns.reshape(-1, mask.shape[1]), jnp.repeat(scale, program.group)
-    advantages, returns, scale = divided.back(every, program.axis)
+    advantages, returns, scale = constraints.back(every, program.axis)
     if program.normalise:
         advantages, factor = normalise(advantages, mask, program.axis)
         scale = factor * scale
@@ -173,18 +173,18 @@ def gradient(program, params, memory, frozen: Frozen, episodes: Episodes, target
         program, params, memory, frozen, part, goals, hyper, longest, weights, cost), has_aux=True)
     if program.accumulate == 1:
         grads, (parts, scores) = own(params, episodes, targets)
-        return *divided.total((grads, parts), program.axis), scores
+        return *constraints.total((grads, parts), program.axis), scores
 
     def add(sums, part):
         grads, (parts, scores) = own(params, *part)
         return jax.tree.map(jnp.add, sums, (grads, parts)), scores
 
     split = jax.tree.map(lambda x: x.reshape(program.accumulate, rows, *x.shape[1:]), (episodes, targets))
-    split = divided.constrain(split, None, EPISODES)
+    split = constraints.constrain(split, None, EPISODES)
     shapes = jax.eval_shape(own, params, *jax.tree.map(lambda x: x[0], split))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (shapes[0], shapes[1][0]))
     sums, scores = jax.lax.scan(add, zeros, split)
-    return *divided.total(sums, program.axis), jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), scores)
+    return *constraints.total(sums, program.axis), jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), scores)
 
 
 def update(program, state: TrainState, hyper: Hyper, frozen: Frozen, episodes: Episodes, rewards: Float[Array, "b k"],
@@ -205,14 +205,14 @@ def update(program, state: TrainState, hyper: Hyper, frozen: Frozen, episodes: E
     value_rate = learning_rate(program, hyper._replace(learning_rate=own_rate), state.iteration)
     rows, cost, axis = episodes.mask.shape[0], program.cost(members), program.axis
     rows *= 1 if axis is None else jax.lax.axis_size(axis)
-    pool = (episodes, goals) if program.minibatches == 1 else divided.together((episodes, goals), axis)
+    pool = (episodes, goals) if program.minibatches == 1 else constraints.together((episodes, goals), axis)
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(state.seed), state.iteration), 2**31 - 2)
 
     def minibatch(carry, index):
         params, opt_state, stopped = carry
         part, own = pool
         if program.minibatches > 1:
-            part, own = divided.constrain(jax.tree.map(lambda x: x[index], pool), EPISODES)
+            part, own = constraints.constrain(jax.tree.map(lambda x: x[index], pool), EPISODES)
         grads, parts, scores = gradient(program, params, state.reference, frozen, part, own, hyper, longest, cost)
         ratios = jnp.where(part.learned, scores.terms.log_ratio, 0.0)
         norm = safe_norm(grads)
@@ -226,7 +226,7 @@ def update(program, state: TrainState, hyper: Hyper, frozen: Frozen, episodes: E
         parts["policy/stopped_avg"] = stopped.astype(jnp.float32)
         updates, new_state = program.optimizer.update(grads, opt_state, params)
         updated = optax.apply_updates(params, descent(updates, rate, value_rate))
-        idle = stopped | (divided.total(part.judged.sum(), axis) == 0)      # what an optimizer remembers moves, too
+        idle = stopped | (constraints.total(part.judged.sum(), axis) == 0)      # what an optimizer remembers moves, too
         params, opt_state = jax.tree.map(partial(jnp.where, idle), (params, opt_state), (updated, new_state))
         return (params, opt_state, stopped), (parts, extreme, scores if program.once else ())
 
@@ -238,23 +238,23 @@ def update(program, state: TrainState, hyper: Hyper, frozen: Frozen, episodes: E
         groups = jax.random.permutation(jax.random.fold_in(key, epoch), rows // together)
         return (groups[:, None] * together + jnp.arange(together)[None]).reshape(program.minibatches, -1)
 
-    indices = divided.part(jnp.concatenate([order(epoch) for epoch in range(program.epochs)]), axis)
+    indices = constraints.part(jnp.concatenate([order(epoch) for epoch in range(program.epochs)]), axis)
     start = state.params, state.opt_state, jnp.bool_(False)
     (params, opt_state, _), (parts, extremes, scores) = jax.lax.scan(minibatch, start, indices)
     if program.once:
         episodes = with_scores(program, episodes, jax.tree.map(lambda x: x[0], scores))
     variance = parts["val/ratio"].var()
     parts = jax.tree.map(lambda x: x.mean(0), parts)
-    count = divided.total(episodes.judged.sum(), axis)
+    count = constraints.total(episodes.judged.sum(), axis)
     nats = jnp.where(episodes.learned, program.kl.exact(recorded(episodes)), 0.0).sum()
-    spent = divided.total(nats, axis) / jnp.maximum(count, 1).astype(nats.dtype)
+    spent = constraints.total(nats, axis) / jnp.maximum(count, 1).astype(nats.dtype)
     parts |= {"val/ratio_var": variance, "optim/learning_rate": rate, "kl/coef": price,
-              "advantage/factor_max": divided.together(factor, axis).max(),
+              "advantage/factor_max": constraints.together(factor, axis).max(),
               "value/explained_variance": _explained(episodes.value, goals[1], episodes.learned, axis)}
     controller = jax.tree.map(partial(jnp.where, count > 0), program.controller.update(state.controller, spent, hyper),
                               state.controller)
     memory = program.reference.update(state.reference, params, state.iteration)
-    extremes = divided.together(extremes, axis)
+    extremes = constraints.together(extremes, axis)
     extreme = jax.tree.map(lambda x: x[jnp.abs(extremes.log_ratio).argmax()], extremes)
     new = TrainState(params, opt_state, state.seed, state.iteration + 1, controller, memory)
     return new, parts, extreme, episodes
@@ -263,7 +263,7 @@ def update(program, state: TrainState, hyper: Hyper, frozen: Frozen, episodes: E
 def _explained(values, returns, mask, axis=None):
     """1 - Var(G - V) / Var(G) over agent tokens."""
     def variance(x):
-        centre = divided.total(mean(x, mask), axis).mean()
-        return divided.total(mean((x - centre) ** 2, mask), axis).mean()
+        centre = constraints.total(mean(x, mask), axis).mean()
+        return constraints.total(mean((x - centre) ** 2, mask), axis).mean()
 
     return 1 - variance(returns - values) / jnp.maximum(variance(returns), 1e-8)

@@ -16,8 +16,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 from kl_reg import config as configs
-from kl_reg import runs, storage
-from kl_reg.models import folders
+from kl_reg.pretrained import folders
+from kl_reg.runs import directory as run_directory
+from kl_reg.runs import storage
 from kl_reg.sweeps import job, plan
 from launch.backends.options import Options, Started, check
 
@@ -159,7 +160,7 @@ def _needs(sweep):
         for path in (own.model.path, own.env.student_model, own.env.openings, own.reward.path, *own.reference.paths):
             if not path or not storage.is_local(path):      # slices read a store by themselves
                 continue
-            address = runs.parse(path)
+            address = run_directory.parse(path)
             if path in folders.PACKAGED:
                 packaged[path] = None
             elif address:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from small_sweep import LINES, arrays, summary
 
-from kl_reg.models import tokenizer
+from kl_reg.pretrained import tokenizer
 
 
 @pytest.fixture(scope="session")

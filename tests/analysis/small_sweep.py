@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from kl_reg.models import tokenizer
+from kl_reg.pretrained import tokenizer
 from kl_reg.types import AGENT, FORCED, OPENING, PAD, STUDENT
 
 ATTACK = "<script>alert(1)</script> \" onmouseover='x' &"

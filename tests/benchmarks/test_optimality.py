@@ -10,13 +10,13 @@ import pytest
 from benchmarks import optimality
 from benchmarks.optimality import HORIZON, SEQUENCES, VOCAB, Run, Task
 from kl_reg import config as configs
-from kl_reg import rollout
-from kl_reg.analysis.read_policy import policy_tables
-from kl_reg.analysis.tree import Tree, enumerate_model, tokens_of
+from kl_reg.algorithms import ALGORITHMS
+from kl_reg.analysis.optimum.enumeration import Tree, enumerate_model, tokens_of
+from kl_reg.analysis.optimum.policy_tables import policy_tables
 from kl_reg.envs.tabular import make_model
-from kl_reg.losses import ALGORITHMS
-from kl_reg.models import weights
-from kl_reg.training import sweep
+from kl_reg.pretrained import weights
+from kl_reg.sampling import rollout
+from kl_reg.training import member_groups
 from kl_reg.types import Sampling
 
 SMALL = {"kl.estimator": "k1", "kl.placement": "reward", "rl.iterations": 10, "rl.episodes": 64,
@@ -102,7 +102,7 @@ def test_a_policy_s_tables_are_what_its_sampler_says(folder, model, kind):
     config.update_from_flattened_dict({
         "model.path": str(folder), "policy.kind": kind, "env.name": "tabular", "env.opening": "hb", "env.length": 3,
         "rl.episodes": 64, "sampling.temperature": 0.7, "policy.layers": 2})
-    (group,) = sweep.plan(config, model)
+    (group,) = member_groups.plan(config, model)
     state = group.run.init(model.params, group.seeds, group.hyper)
     params = jax.tree.map(lambda x: x + 0.2 * jnp.sin(jnp.arange(x.size, dtype=x.dtype).reshape(x.shape)), state.params)
     keys, first = rollout.member_keys(state.seed, state.iteration), jnp.zeros(1, jnp.int32)

@@ -12,7 +12,7 @@ from benchmarks import machine, rl_step
 from benchmarks.peers import environment, stepping, work
 from benchmarks.peers.stepping import Step
 from benchmarks.peers.work import Work
-from kl_reg.models import tokenizer
+from kl_reg.pretrained import tokenizer
 
 SMALL = Work(sequences=4, prompt=6, generated=3, group=2)
 PEER = """

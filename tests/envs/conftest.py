@@ -2,7 +2,7 @@
 import pytest
 
 from kl_reg.envs.tabular import make_model
-from kl_reg.models import tokenizer
+from kl_reg.pretrained import tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ import numpy as np
 
 from kl_reg import config as configs
 from kl_reg.envs import ENVIRONMENTS
-from kl_reg.models import tokenizer as text
+from kl_reg.pretrained import tokenizer as text
 from kl_reg.types import AGENT, FORCED, OPENING, PAD, STUDENT, Transcript
 
 LENGTH = 24

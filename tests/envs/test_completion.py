@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from staging import Stage, letters
 from tokenizers import AddedToken, Tokenizer
 
-from kl_reg.models import tokenizer as text
+from kl_reg.pretrained import tokenizer as text
 from kl_reg.types import AGENT, OPENING, PAD
 
 DATA = pathlib.Path(__file__).parent.parent / "data" / "tokenizers"

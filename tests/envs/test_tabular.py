@@ -8,8 +8,9 @@ import pytest
 from staging import Stage, digits, letters
 
 from kl_reg.envs.tabular import make_model
-from kl_reg.models import decoder, weights
-from kl_reg.models import tokenizer as text
+from kl_reg.models import decoder
+from kl_reg.pretrained import tokenizer as text
+from kl_reg.pretrained import weights
 from kl_reg.types import AGENT, OPENING, PAD
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from staging import LENGTH, Stage, digits, letters, said
 from tokenizers import AddedToken, Tokenizer
 
-from kl_reg.models import tokenizer as text
+from kl_reg.pretrained import tokenizer as text
 from kl_reg.types import AGENT, STUDENT
 
 DATA = pathlib.Path(__file__).parent.parent / "data" / "tokenizers"

@@ -20,7 +20,7 @@ import time
 import jax
 import numpy as np
 
-from kl_reg import runs
+from kl_reg.runs import directory as run_directory
 from kl_reg.sweeps import plan, progress
 
 KILLED, WARNED, ITERATIONS = 2, 3, 8
@@ -78,7 +78,7 @@ def kill(backend, workdir, running):
 
 def await_checkpoint(workdir, member, running):
     end = time.monotonic() + LIMIT
-    while 1 not in runs.iterations(workdir / f"programs/{member}"):
+    while 1 not in run_directory.iterations(workdir / f"programs/{member}"):
         assert running.poll() is None, "launch.sweep ended before there was anything to kill"
         assert time.monotonic() < end, f"no checkpoint after {LIMIT} seconds"
         time.sleep(0.1)
@@ -102,7 +102,7 @@ def resumed(workdir, member):
 
 
 def check(workdir, oracle):
-    for ours, theirs in zip(runs.load(workdir), runs.load(oracle), strict=True):
+    for ours, theirs in zip(run_directory.load(workdir), run_directory.load(oracle), strict=True):
         assert ours.iteration == theirs.iteration == ITERATIONS
         jax.tree.map(np.testing.assert_array_equal, ours.params, theirs.params)
     for name in ("config.json", "summary.json"):

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from scipy.optimize import brentq
 from scipy.special import log_softmax
 
-from kl_reg import choice
 from kl_reg.kl import budget
 from kl_reg.kl.budget import Caps, charge, enter, finite, left, open_ledger, tilt
-from kl_reg.models.reference import Measure
+from kl_reg.references.kinds import Measure
+from kl_reg.sampling import action as actions
 
 VOCAB = 200
 tilt_of = jax.jit(lambda gap, allowance, log_base: tilt(finite(gap), allowance, log_base))
@@ -138,9 +138,9 @@ def episode_of(gaps, log_bases, budget_nats, part):
 
     def token(ledger, given):
         gap, log_base = given
-        chosen = choice.constrain(program, Measure(log_base, gap, jnp.zeros(()), None), None,
+        chosen = actions.constrain(program, Measure(log_base, gap, jnp.zeros(()), None), None,
                                   left(Caps(budget_nats, jnp.inf, jnp.inf), ledger, False), part)
-        _, cost = choice.terms_of(program, chosen, jnp.int32(0))
+        _, cost = actions.terms_of(program, chosen, jnp.int32(0))
         return charge(ledger, cost, jnp.array(True)), (chosen.logits, cost)
 
     return jax.lax.scan(token, open_ledger(()), (gaps, log_bases))[1]

@@ -5,8 +5,9 @@ import jax
 import numpy as np
 import pytest
 
-from kl_reg.models import decoder, families, weights
+from kl_reg.models import decoder
 from kl_reg.models.layers import Rope
+from kl_reg.pretrained import families, weights
 from kl_reg.types import AGENT
 from launch import compare
 

@@ -14,11 +14,14 @@ import pytest
 import torch
 import transformers
 
-from kl_reg import card, checkpoint, runs
 from kl_reg import config as configs
-from kl_reg.models import folders, policies, tokenizer, weights
-from kl_reg.models.actor import Situation
-from kl_reg.models.fetch import fetch
+from kl_reg.export import model_card
+from kl_reg.policies import kinds as policies
+from kl_reg.policies.actor import Situation
+from kl_reg.pretrained import folders, tokenizer, weights
+from kl_reg.pretrained.fetch import fetch
+from kl_reg.runs import checkpoint
+from kl_reg.runs import directory as run_directory
 from kl_reg.types import TrainState, Transcript
 from launch import export
 from tests import tiny_gguf
@@ -40,7 +43,7 @@ def run(tiny_folder, tmp_path_factory):
                               "base": folders.digest(tiny_folder)})
     base, saved = weights.load(str(tiny_folder)), checkpoint.Checkpoints(folder / "checkpoints", {}, 9)
     for iteration in (1, 2):
-        saved.save(iteration, [_state(base, members, iteration) for members in runs.groups(config)])
+        saved.save(iteration, [_state(base, members, iteration) for members in run_directory.groups(config)])
     saved.close()
     final = {"kl/nats_per_episode": 12.5, "kl/nats_per_episode_se": 0.5, "return": 2.25, "return_se": None,
              "episodes": 77}
@@ -77,7 +80,7 @@ def call(capsys):
 
 def ours(run, number, tokens, inputs=(0.0, 0.0), iteration=None):
     """Logits [t, v] of the token behind each of `tokens`, by the policy that trains."""
-    member = runs.load(run, iteration)[number]
+    member = run_directory.load(run, iteration)[number]
     base, own = weights.load(member.config.model.path), member.config.policy
     agent, count = policies.build(own.kind, base.config, own), len(tokens)
     position = jnp.arange(1, count + 1) - len(prompt_ids(run))
@@ -99,7 +102,7 @@ def ours(run, number, tokens, inputs=(0.0, 0.0), iteration=None):
 
 
 def prompt_ids(run):
-    words = tokenizer.load(folders.find(runs.config_of(run).model.path))
+    words = tokenizer.load(folders.find(run_directory.config_of(run).model.path))
     return tokenizer.opening(words, f"{OPENING}A:")
 
 
@@ -145,7 +148,7 @@ def test_transformers_says_what_the_member_says(run, call, tmp_path, number, mon
 
 
 def test_what_was_written_is_read_back(run, call, tmp_path):
-    member = runs.load(run, 1)[FULL]
+    member = run_directory.load(run, 1)[FULL]
     assert call(f"{run}:{FULL}@1", f"--out={tmp_path}/whole")[0] == 0
     for path, expected in jax.tree.leaves_with_path(member.params["trunk"]):
         found = weights.load(str(tmp_path / "whole")).params
@@ -274,7 +277,7 @@ def test_a_base_in_int8_is_written_as_the_run_has_seen_it(run, call, tmp_path, t
     call(f"{copy}:{LORA}", f"--out={tmp_path}/lora")
     whole = np.array(weights.load(str(tiny_folder)).params["layers"]["down"]["kernel"])
     step = np.abs(whole).max(1, keepdims=True) / 127
-    rounded, low = np.round(whole / step) * step, runs.load(run)[LORA].params["adapter"]["down"]
+    rounded, low = np.round(whole / step) * step, run_directory.load(run)[LORA].params["adapter"]["down"]
     for found, expected in (("lora", rounded + 16 / 8 * low["a"] @ low["b"]), ("head/base", rounded),
                             ("adapter/base", rounded)):
         kernel = weights.load(str(tmp_path / found)).params["layers"]["down"]["kernel"]
@@ -296,8 +299,8 @@ def test_the_code_of_the_card_has_the_tokens_of_training(tiny_folder, kind):
     """Not their text, which other libraries may tokenise otherwise; a written turn ends with the student's prefix."""
     config, words = configs.default(), tokenizer.load(tiny_folder)
     config.env.opening, config.env.markers = OPENING, "written"
-    member = runs.Member(config, {}, None, 0, "")
-    code = card.snippet(card.Facts(None, member, "", "", kind, False, tiny_folder, ""), "out")
+    member = run_directory.Member(config, {}, None, 0, "")
+    code = model_card.snippet(model_card.Facts(None, member, "", "", kind, False, tiny_folder, ""), "out")
     ids = tokenizer.encode(words, f"{OPENING}A:")
     assert re.search(rf"^prompt = (torch.tensor\(\[)?{re.escape(str(ids))}", code, re.MULTILINE)
     assert repr("\nB:") in code and "tokenizer(" not in code
@@ -315,7 +318,7 @@ def test_an_adapter_on_a_gguf_file_has_its_base_beside_it(tmp_path, call, capsys
     checkpoint.claim(folder, {"config": json.loads(config.to_json()), "fingerprint": "0123456789ab",
                               "base": folders.digest(base)})
     saved = checkpoint.Checkpoints(folder / "checkpoints", {}, 9)
-    saved.save(1, [_state(weights.load(str(base)), members, 1) for members in runs.groups(config)])
+    saved.save(1, [_state(weights.load(str(base)), members, 1) for members in run_directory.groups(config)])
     saved.close()
     status, printed = call(folder, "--adapter", f"--out={tmp_path}/out")
     assert status == 0 and f"base   {tmp_path}/out/base: the base's weights are in a GGUF file\n" in printed.out
@@ -349,10 +352,11 @@ def test_the_card_has_a_header_and_no_path_of_this_machine(run, call, tmp_path, 
 def test_the_header_names_a_base_on_the_hub(tiny_folder):
     config = configs.default()
     config.model.path = "org/name@main"
-    member = runs.Member(config, {}, None, 0, "")
+    member = run_directory.Member(config, {}, None, 0, "")
     for kind, relation in (("adapter", "adapter"), ("model", "finetune")):
-        facts = card.Facts(runs.Address(pathlib.Path("runs/x"), 0, 1), member, "", "", kind, False, tiny_folder, "")
-        found = huggingface_hub.ModelCard(card.text(facts)).data
+        facts = model_card.Facts(run_directory.Address(pathlib.Path("runs/x"), 0, 1), member, "", "", kind, False,
+                                 tiny_folder, "")
+        found = huggingface_hub.ModelCard(model_card.text(facts)).data
         assert (found.base_model, found.base_model_relation) == ("org/name", relation)
 
 

@@ -10,7 +10,7 @@ import pytest
 import tokenizers
 import transformers
 
-from kl_reg.models import folders, sources
+from kl_reg.pretrained import folders, weight_files
 from launch import fetch
 from tests import tiny_gguf
 
@@ -76,7 +76,7 @@ def test_a_gguf_file_becomes_a_folder_that_transformers_reads(call, tmp_path):
     folder = tmp_path / "a/model"
     assert status == 0 and out == f"model  {folder}\nuse    --config.model.path={folder}\n"
     assert folders.find(str(folder)) == folder
-    source = sources.open_source(folder)
+    source = weight_files.open_source(folder)
     np.testing.assert_array_equal(source.read("model.norm.weight"), written["model.norm.weight"])
     assert set(source.shapes) == set(written)
     theirs = transformers.AutoTokenizer.from_pretrained(folder)

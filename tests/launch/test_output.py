@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from kl_reg import metrics
+from kl_reg.runs import log as run_log
 from launch import command
 
 LAUNCH = pathlib.Path(command.__file__).parent
@@ -45,7 +45,7 @@ def test_text_of_models_is_printed_too(written, encoding):
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
 def test_a_line_above_the_progress_bar_is_printed_too(written, encoding):
     said = written(encoding)
-    with metrics.progress_bar("train", 1) as bar:
+    with run_log.progress_bar("train", 1) as bar:
         bar.log("runs/漢字\udcff: already trained")
     assert said().startswith("runs/") and said().endswith(": already trained\n")
 

@@ -6,9 +6,9 @@ import torch
 from matplotlib.text import Text
 from transformers import LlamaForCausalLM
 
-from kl_reg.analysis import price as pricing
-from kl_reg.analysis import price_figure
-from kl_reg.models import tokenizer
+from kl_reg.analysis.behaviour import script_price as pricing
+from kl_reg.analysis.behaviour import script_price_figure
+from kl_reg.pretrained import tokenizer
 from launch import price
 
 SMALL = ("--turns=2", "--episodes=3", "--max-reply=2", "--teacher=A:", "--student=B:", "--opening=A: hi\\nB: hello\\n")
@@ -50,7 +50,7 @@ def test_it_prints_a_table_and_writes_numbers_and_figure(call, tiny_folder, tiny
 
 def test_what_it_prices_by_default(call, tiny_folder, tmp_path, monkeypatch):
     """A figure that cannot be drawn takes neither the table nor the numbers with it."""
-    monkeypatch.setattr(price_figure, "draw", lambda *_: (tmp_path / "none/a.png").write_bytes(b""))
+    monkeypatch.setattr(script_price_figure, "draw", lambda *_: (tmp_path / "none/a.png").write_bytes(b""))
     (tmp_path / "opening.txt").write_text("A: hi\nB: hello\n")
     status, printed, report = call(f"--model={tiny_folder}", *SMALL[:5], f"--opening-file={tmp_path / 'opening.txt'}")
     *named, letters = (row["script"] for row in report["scripts"])
@@ -73,7 +73,7 @@ def test_dollars_in_a_script_are_no_formula(tmp_path, monkeypatch):
     shown = []
     monkeypatch.setattr(Text, "draw", lambda self, renderer, draw=Text.draw: shown.append(
         self._preprocess_math(self.get_text())) or draw(self, renderer))
-    price_figure.draw(scripts, "$a$", tmp_path / "a.png")
+    script_price_figure.draw(scripts, "$a$", tmp_path / "a.png")
     assert {(r"“$\no$”", False), ("“$5 or $6”", False), ("$a$", False)} <= set(shown)
 
 
@@ -82,10 +82,10 @@ def test_the_budgets_are_inside_the_figure(tmp_path, monkeypatch, nats):
     """A label outside would shrink the panels to make room."""
     curve = {"mean": [nats], "low": [nats], "high": [nats]}
     drawn = []
-    monkeypatch.setattr(price_figure, "save", lambda figure, path: drawn.append(figure) or path)
-    price_figure.draw([{"script": "", "per_turn": curve, "cumulative": curve}], "one", tmp_path / "a.png")
+    monkeypatch.setattr(script_price_figure, "save", lambda figure, path: drawn.append(figure) or path)
+    script_price_figure.draw([{"script": "", "per_turn": curve, "cumulative": curve}], "one", tmp_path / "a.png")
     low, high = drawn[0].axes[1].get_ylim()
-    assert low == 0 and high > max(*price_figure.BUDGETS, nats)
+    assert low == 0 and high > max(*script_price_figure.BUDGETS, nats)
 
 
 @pytest.mark.parametrize("arguments, says", [

@@ -14,10 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kl_reg.analysis import conversation, solo
+from kl_reg.analysis.compare import conversation, single_policy
 from kl_reg.config import default
 from kl_reg.envs import ENVIRONMENTS
-from kl_reg.models import decoder, tokenizer, weights
+from kl_reg.models import decoder
+from kl_reg.pretrained import tokenizer, weights
 from kl_reg.types import AGENT, FORCED, OPENING, STUDENT
 from launch import sample
 
@@ -114,13 +115,13 @@ def surprisal(folder, tokens):
 
 
 def kl_of(terms):
-    return solo.SHOWN["kl"][1](terms)
+    return single_policy.SHOWN["kl"][1](terms)
 
 
 @pytest.mark.parametrize("member", [1, 2])
 def test_a_conversation_is_the_episode_in_which_the_student_says_the_same(run, member):
     """Tokens, writers, nats and ledger of the first two episodes of the evaluation, the student's tokens given."""
-    one = solo.open_policy(f"{run}:{member}", "run", 8, {})
+    one = single_policy.open_policy(f"{run}:{member}", "run", 8, {})
     policy = conversation.compile_policy(one.team, kl_of)
     moment, ids = policy.begin(SEED)
     for attempt, episode in enumerate(recorded(run, member)[:2]):
@@ -161,7 +162,7 @@ def test_it_ends_when_the_context_is_full(run, call):
 
 def test_what_ends_the_agents_turn_from_outside_is_nobodys_and_free(run, tiny_tokenizer):
     """ctrl-C behind the first token: the end marker and the student's prefix are written, and nothing is charged."""
-    one = solo.open_policy(f"{run}:1", "run", 8, {})
+    one = single_policy.open_policy(f"{run}:1", "run", 8, {})
     manners = conversation.as_student(one.config.env, one.team.program.env, tiny_tokenizer, frozenset())
     policy = conversation.compile_policy(one.team, kl_of)
     moment, ids = policy.begin(5)
@@ -181,11 +182,11 @@ def test_a_chat_whose_template_writes_the_past_anew(roomy_folder, tiny_tokenizer
         return tokenizer.encode(tiny_tokenizer, text + "B:")
 
     ends = frozenset(tokenizer.encode(tiny_tokenizer, "\n"))
-    one = solo.open_policy(str(roomy_folder), "run", 1, {})
+    one = single_policy.open_policy(str(roomy_folder), "run", 1, {})
     manners = conversation.as_user(render, ends)
-    team = solo.in_env(one.team, manners.env._replace(length=58))
+    team = single_policy.in_env(one.team, manners.env._replace(length=58))
     manners = manners._replace(env=team.program.env)
-    policy = conversation.compile_policy(team, solo.SHOWN["surprisal"][1])
+    policy = conversation.compile_policy(team, single_policy.SHOWN["surprisal"][1])
     moment, ids = policy.begin(3)
     state, shortened = conversation.State(moment, tuple(ids), (), None, 0.0), 0
     for text in ("hi", "oh"):
@@ -206,12 +207,12 @@ def test_a_model_is_opened_once_in_the_environment_that_was_asked_for(tiny_folde
     loaded = []
     monkeypatch.setattr(weights, "load", lambda *path, load=weights.load: loaded.append(path) or load(*path))
     changes = {"teacher": "T:", "end": "\n\n", "opening": "B: hi\n\n"}
-    one = solo.open_policy(str(tiny_folder), "run", 2, changes, 20)
+    one = single_policy.open_policy(str(tiny_folder), "run", 2, changes, 20)
     env, words = one.team.program.env, tokenizer.load(tiny_folder)
     assert tokenizer.decode(words, env.openings.tokens[0].tolist()) == "B: hi\n\nT:" and env.length == 20
     assert len(loaded) == 1
     with pytest.raises(ValueError, match="env.length=64 .* context is 64"):
-        solo.open_policy(str(tiny_folder), "run", 2, changes)
+        single_policy.open_policy(str(tiny_folder), "run", 2, changes)
 
 
 @pytest.mark.parametrize("markers, prompt", [("forced", "B: "), ("written", "> ")])

@@ -9,8 +9,9 @@ import pytest
 import torch
 import transformers
 
-from kl_reg.models import decoder, weights
+from kl_reg.models import decoder
 from kl_reg.models.layers import store
+from kl_reg.pretrained import weights
 
 LENGTH = 10
 START = jnp.array([0, 3, 7])

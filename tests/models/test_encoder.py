@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from kl_reg.models import encoder
-from kl_reg.models.encoder_families import load, load_config
+from kl_reg.pretrained.encoder_families import load, load_config
 
 WORDS = ["i", "love", "this", "it", "is", "wonderful", "what", "a", "terrible", "day"]
 TEXTS = ["", "lovely", "What a terrible day", "is it the kitchen, there?!", "thou art"]

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import pytest
 
 from kl_reg.config import default
-from kl_reg.models import decoder, families, weights
+from kl_reg.models import decoder
 from kl_reg.planning import abstract
-from kl_reg.training import sweep
+from kl_reg.pretrained import families, weights
+from kl_reg.training import member_groups
 
 SHAPES = dict(vocab_size=320, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
               intermediate_size=24, max_position_embeddings=128)
@@ -43,7 +44,7 @@ def test_shapes_are_those_of_training(config, kind, tmp_path):
     if kind != "head":
         config.sweep = config.sweep[:1]
     found = abstract.programs(config, tmp_path)
-    groups = sweep.plan(config, weights.load(config.model.path, config.model.dtype))
+    groups = member_groups.plan(config, weights.load(config.model.path, config.model.dtype))
     assert [own.members for own in found] == [group.members for group in groups] == [[0, 1], [2]][:len(groups)]
     for own, group in zip(found, groups, strict=True):
         assert shapes(own.frozen) == shapes(group.frozen) and shapes(own.hyper) == shapes(group.hyper)

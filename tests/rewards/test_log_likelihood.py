@@ -11,7 +11,7 @@ import transformers
 from reward_staging import reply
 
 from kl_reg import rewards
-from kl_reg.models import tokenizer
+from kl_reg.pretrained import tokenizer
 
 module = importlib.import_module("kl_reg.rewards.log_likelihood")      # whose name its function has, too
 

@@ -3,7 +3,7 @@ import numpy as np
 from reward_staging import reply
 
 from kl_reg.rewards import replies
-from kl_reg.rewards.scoring import Scores
+from kl_reg.rewards.calls import Scores
 
 
 def credit(turns, rewards, slot, mask):

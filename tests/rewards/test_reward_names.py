@@ -10,8 +10,8 @@ import pytest
 from reward_staging import reply, settings
 
 from kl_reg import rewards
-from kl_reg.identity import digest_of, is_library, name_of
-from kl_reg.losses.reinforce import reinforce
+from kl_reg.algorithms.reinforce import reinforce
+from kl_reg.runs.fingerprint import digest_of, is_library, name_of
 
 
 def shout(completions):

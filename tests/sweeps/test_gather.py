@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import kl_reg
-from kl_reg import runs
-from kl_reg.analysis import compare
+from kl_reg.analysis.compare import compare
+from kl_reg.runs import directory as run_directory
 from kl_reg.sweeps import gather, job, plan
 
 
@@ -46,16 +46,16 @@ def returns(workdir, member):
 
 
 def test_checkpoints_are_found_by_the_members_numbers(whole, divided):
-    assert runs.iterations(divided.workdir) == [1, 2]
+    assert run_directory.iterations(divided.workdir) == [1, 2]
     for iteration in (None, 1):
-        ours, theirs = runs.load(divided.workdir, iteration), runs.load(whole.workdir, iteration)
+        ours, theirs = run_directory.load(divided.workdir, iteration), run_directory.load(whole.workdir, iteration)
         chex.assert_trees_all_equal([m.params for m in ours], [m.params for m in theirs])
         assert [(m.iteration, m.digest) for m in ours] == [(m.iteration, m.digest) for m in theirs]
         assert [m.config.to_dict() for m in ours] == [m.config.to_dict() for m in theirs]
 
 
 def test_readers_of_runs_take_it_for_one(whole, divided):
-    assert runs.parse(f"{divided.workdir}:2@1") == (divided.workdir, 2, 1)
+    assert run_directory.parse(f"{divided.workdir}:2@1") == (divided.workdir, 2, 1)
     ours, theirs = compare.settings_of(divided.workdir), compare.settings_of(whole.workdir)
     assert [setting.label for setting in ours] == [setting.label for setting in theirs]
 
@@ -77,7 +77,7 @@ def test_what_is_done_is_gathered_where_something_is_missing(divided, tmp_path):
     summary = json.loads((part.workdir / "summary.json").read_text())
     assert [row["member"] for row in summary] == ["base", 0, 2]
     with pytest.raises(FileNotFoundError, match=r"none at all of program 1 \(members 1\)"):
-        runs.load(part.workdir)
+        run_directory.load(part.workdir)
     shutil.rmtree(part.workdir / "programs")
     with pytest.raises(FileNotFoundError, match="no program of the sweep has ended"):
         gather.gather(part.workdir)

@@ -6,7 +6,7 @@ import subprocess
 import pytest
 
 import kl_reg
-from kl_reg import hosts
+from kl_reg.sharding import multihost
 from kl_reg.sweeps import gather, job, plan, progress
 
 
@@ -115,7 +115,7 @@ def test_a_run_of_one_process_has_rows_too(config, tmp_path):
 
 
 def test_of_several_processes_the_first_keeps_the_record(sweep, trains, monkeypatch):
-    monkeypatch.setattr(hosts, "index", lambda: 3)
+    monkeypatch.setattr(multihost, "index", lambda: 3)
     with plan.locked(sweep.workdir / "logs/0.lock", otherwise="busy"):       # as the first does meanwhile
         job.run(sweep.workdir, 0)
         with pytest.raises(ValueError, match="loss not"):

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from kl_reg import config as configs
-from kl_reg import runs
+from kl_reg.runs import directory as run_directory
 from kl_reg.sweeps import plan
 
 
@@ -34,10 +34,10 @@ def test_the_programs_configurations_make_the_sweep(config, tmp_path):
     plan.write(sweep)
     found, expected = plan.read(tmp_path / "x"), {}
     assert found.programs == sweep.programs
-    for group in runs.groups(config):
+    for group in run_directory.groups(config):
         expected.update({number: configs.split(own) for number, own in group})
     for number, own in enumerate(sweep.programs):
-        (group,) = runs.groups(plan.config_of(found, number))
+        (group,) = run_directory.groups(plan.config_of(found, number))
         for (_, member), at in zip(group, own, strict=True):
             assert configs.split(member) == expected[at]
     assert plan.config_of(found, 0).log.groups == {"polite": "thanks"}

@@ -1,6 +1,6 @@
 """Pieces as a user writes them, named in a configuration by dotted paths: built-in formulas under other names."""
+from kl_reg.algorithms import LOSSES
 from kl_reg.kl.estimators import TOKEN, Effect, Estimator, Value
-from kl_reg.losses import LOSSES
 
 
 def reinforce(log_prob, old_log_prob, advantage, mask, hyper):

@@ -10,8 +10,8 @@ import scipy.stats
 
 import kl_reg
 from kl_reg import config as configs
-from kl_reg import rollout
-from kl_reg.analysis import saved
+from kl_reg.analysis.report import results
+from kl_reg.sampling import rollout
 from kl_reg.training import evaluate
 
 EPISODES, SEEDS = 210, (3, 0, 1)
@@ -77,7 +77,7 @@ def test_the_bases_row_is_over_the_episodes_of_all_seeds(untrained, evaluations)
     errors = [scipy.stats.sem(block) for block in blocks]
     assert base["final"]["return_se"] == pytest.approx(np.linalg.norm(errors) / len(SEEDS))
     assert base["final"]["return_se"] == pytest.approx(scipy.stats.sem(returns), rel=0.02)      # over all episodes
-    found = saved.read(untrained.workdir)
+    found = results.read(untrained.workdir)
     assert found.independent
     for seed, block in zip(SEEDS, blocks, strict=True):
         np.testing.assert_array_equal(found.base_returns()[seed], block)

@@ -13,11 +13,11 @@ import optax
 import pytest
 
 from kl_reg import config as configs
-from kl_reg import rollout
+from kl_reg.algorithms import LOSSES
 from kl_reg.kl import estimators
 from kl_reg.kl.estimators import KLConfig
-from kl_reg.losses import LOSSES
-from kl_reg.models import weights
+from kl_reg.pretrained import weights
+from kl_reg.sampling import rollout
 from kl_reg.training import program as programs
 from kl_reg.training import scoring, step
 from kl_reg.types import Episodes, Frozen, Hyper, TrainState

@@ -18,10 +18,10 @@ from scipy.optimize import brentq
 from scipy.special import expit, log_softmax, rel_entr, softmax
 from three_tokens import ROWS, SEQUENCES, all_episodes, hyper, program, single, tables
 
-from kl_reg import advantages, losses
+from kl_reg import algorithms
+from kl_reg.algorithms import advantages, reductions
 from kl_reg.kl import budget as budgets
 from kl_reg.kl.estimators import KLConfig, build
-from kl_reg.losses import reductions
 from kl_reg.training import scoring, step
 from kl_reg.types import Frozen
 
@@ -158,7 +158,7 @@ def test_penalty_and_budget_together(estimator, placement, constrained, budget):
     """The whole path, targets and objective: what it descends is -(return - coef * KL of the episode)."""
     params, base, rewards = tables(2)
     coef = 0.7
-    prog = program(constrained, loss=losses.LOSSES["reinforce"], advantage=advantages.ADVANTAGES["monte_carlo"],
+    prog = program(constrained, loss=algorithms.LOSSES["reinforce"], advantage=advantages.ADVANTAGES["monte_carlo"],
                    normalise=False, group=1, reduction=reductions.REDUCTIONS["token_mean"],
                    kl=build(KLConfig(estimator=estimator, placement=placement)))
 

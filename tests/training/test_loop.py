@@ -13,7 +13,7 @@ import pytest
 
 import kl_reg
 from kl_reg import config as configs
-from kl_reg import metrics
+from kl_reg.runs import log as run_log
 from kl_reg.training import loop
 
 
@@ -107,7 +107,7 @@ def test_evaluation_counts_returns_as_the_reward_function_gives_them(whole, tiny
 
 
 def test_a_killed_run_resumes_bit_equal(whole, config, tmp_path, monkeypatch):
-    write, written = metrics.MemberLog.write, []
+    write, written = run_log.MemberLog.write, []
 
     def dies_in_the_third_iteration(log, row):
         written.append(row["iteration"])
@@ -116,7 +116,7 @@ def test_a_killed_run_resumes_bit_equal(whole, config, tmp_path, monkeypatch):
         write(log, row)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(metrics.MemberLog, "write", dies_in_the_third_iteration)
+        patch.setattr(run_log.MemberLog, "write", dies_in_the_third_iteration)
         kl_reg.train(config, reward, tmp_path / "run")
     assert written[-1] == 2
     resumed = kl_reg.train(config, reward, tmp_path / "run")
@@ -156,7 +156,7 @@ def test_what_compiles_late_is_said_once(alone_and_said):
 def test_compilations_are_counted_and_calls_are_not():
     double = jax.jit(lambda x: 2 * x)
     inputs = np.ones(3), np.ones(4), np.ones(4)
-    with metrics.compilations() as names:
+    with run_log.compilations() as names:
         for x in inputs:
             double(x)
     double(np.ones(5))

@@ -19,7 +19,8 @@ import scipy.stats
 from scipy.special import expit, log_softmax
 from three_tokens import ROWS, SEQUENCES, all_episodes, hyper, program, single, tables
 
-from kl_reg import advantages, losses
+from kl_reg import algorithms
+from kl_reg.algorithms import advantages
 from kl_reg.kl import estimators
 from kl_reg.kl.estimators import ESTIMATORS, KLConfig, build
 from kl_reg.kl.spends import SPENDS
@@ -222,7 +223,7 @@ class Code:
 
     def program(self, kl):
         return program(True, spend=self.around.spend, levels=LEVELS, kl=kl, normalise=False,
-                       group=1, loss=losses.LOSSES["reinforce"], advantage=ADVANTAGE,
+                       group=1, loss=algorithms.LOSSES["reinforce"], advantage=ADVANTAGE,
                        reduction=self.expectation)
 
     def expectation(self, x, mask, length):

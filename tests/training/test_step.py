@@ -13,12 +13,13 @@ import optax
 import pytest
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from kl_reg import advantages, losses, rollout
+from kl_reg import algorithms
 from kl_reg import config as configs
+from kl_reg.algorithms import advantages, reductions
 from kl_reg.kl import controllers
 from kl_reg.kl.estimators import KLConfig, build
-from kl_reg.losses import reductions
-from kl_reg.models import weights
+from kl_reg.pretrained import weights
+from kl_reg.sampling import rollout
 from kl_reg.training import program as programs
 from kl_reg.training import scoring, step
 from kl_reg.types import Episodes, Frozen, Hyper, TrainState, Transcript
@@ -208,7 +209,7 @@ def test_an_epoch_of_minibatches_sees_every_episode_once(group):
 def test_an_episode_that_was_not_judged_adds_nothing(group):
     """As if it were not in the batch, whatever its rewards say, with a loss that imitates what has no advantage and a
     reduction that counts episodes; and far from the policy that drew it."""
-    program = group.program._replace(loss=losses.LOSSES["awr"], normalise=True,
+    program = group.program._replace(loss=algorithms.LOSSES["awr"], normalise=True,
                                      reduction=reductions.REDUCTIONS["fixed_length"])
     episodes, rewards, others = one(group.episodes), one(group.rewards).at[2].set(100.0), jnp.array([0, 1, 3, 4, 5])
     episodes = episodes._replace(log_prob=episodes.log_prob.at[2].add(-200.0))
@@ -363,8 +364,8 @@ def test_all_parts_of_the_loss_are_reduced_as_the_algorithm_says(group):
 
 
 def test_reinforce_is_the_score_weighted_with_the_return_to_go(group):
-    program = group.program._replace(loss=losses.LOSSES["reinforce"], advantage=advantages.ADVANTAGES["monte_carlo"],
-                                     normalise=False)
+    program = group.program._replace(loss=algorithms.LOSSES["reinforce"],
+                                     advantage=advantages.ADVANTAGES["monte_carlo"], normalise=False)
     episodes, rewards, mask = one(group.episodes, 0), np.asarray(one(group.rewards, 0)), one(group.episodes.mask, 0)
     hyper = one(group.hyper, 0)._replace(value_coef=jnp.float32(0), entropy_coef=jnp.float32(0))
     to_go = np.zeros_like(rewards)

@@ -11,8 +11,8 @@ from ml_collections import ConfigDict
 
 from kl_reg import config as configs
 from kl_reg.kl.estimators import KLConfig, build
-from kl_reg.models import reference
-from kl_reg.models.policy import Policy, Reading
+from kl_reg.policies.interface import Policy, Reading
+from kl_reg.references import kinds as references
 from kl_reg.types import AGENT, OPENING, Episodes, Sampling, Transcript
 
 SEQUENCES = np.array(list(itertools.product(range(3), repeat=3)))
@@ -37,7 +37,7 @@ def program(constrained, **settings):
 
     policy = Policy(None, None, None, lambda params, base, episodes, group: episodes.features, None, read, False, True)
     plain = {"kl": build(KLConfig()), "spend": "neuron", "levels": 4, "carry": False, "sampling": Sampling(),
-             "reference": reference.base(ConfigDict(), policy, Sampling(), None), "parallel": False, "fused": False,
+             "reference": references.base(ConfigDict(), policy, Sampling(), None), "parallel": False, "fused": False,
              "once": False}
     return SimpleNamespace(policy=policy, env=SimpleNamespace(length=3), constrained=constrained, axis=None,
                            **plain | settings)

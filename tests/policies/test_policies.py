@@ -1,0 +1,170 @@
+"""Contracts of every kind of policy, over the registry: a new kind is tested by being there."""
+import dataclasses
+import functools
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kl_reg import config as configs
+from kl_reg.kl.spends import SPENDS
+from kl_reg.policies.actor import Situation
+from kl_reg.policies.kinds import POLICIES, build
+from kl_reg.pretrained import weights
+from kl_reg.sampling import rollout
+from kl_reg.training import program as programs
+from kl_reg.training import scoring
+from kl_reg.types import Frozen, Transcript
+
+MEMBERS = 2
+
+
+class Setup:
+    """A compiled program of one kind, its first state, and sampling and scoring with any parameters."""
+
+    def __init__(self, folder, kind, budget):
+        config = configs.default()
+        config.model.path, config.policy.kind, config.kl.budget = str(folder), kind, budget
+        config.env.opening, config.env.length, config.rl.episodes = "<|start|>A: hi\n", 12, 4
+        static, hyper, _ = configs.split(config)
+        self.model = weights.load(config.model.path)
+        self.program = programs.build(static, self.model)
+        self.compiled = programs.compile_program(self.program)
+        self.hyper = jax.tree.map(lambda x: jnp.broadcast_to(x, (MEMBERS,)), hyper)
+        self.frozen = Frozen(self.model.params)
+        self.params = self.compiled.init(self.model.params, jnp.arange(MEMBERS), self.hyper).params
+        self._score = jax.jit(jax.vmap(partial(scoring.score, self.program), in_axes=(0, None, None, 0, 0, None)))
+
+    def moved(self):
+        """Parameters as training might leave them: all of them, zeros included, moved at random."""
+        rng = np.random.default_rng(0)
+        return jax.tree.map(lambda x: x + 0.2 * rng.standard_normal(x.shape).astype(x.dtype), self.params)
+
+    def sample(self, params):
+        keys = rollout.member_keys(jnp.arange(MEMBERS), jnp.zeros(MEMBERS, jnp.int32))
+        return self.compiled.sample(params, (), self.hyper, self.frozen, keys, jnp.zeros(MEMBERS, jnp.int32))
+
+    def score(self, params, episodes):
+        return self._score(params, (), self.frozen, episodes, scoring.caps_of(self.hyper), episodes.mask.sum(-1).max())
+
+
+@pytest.fixture(scope="module")
+def setups(tiny_folder):
+    """(kind, budget) -> its setup, compiled once."""
+    return functools.cache(partial(Setup, tiny_folder))
+
+
+@pytest.fixture(params=[(kind, budget) for kind in POLICIES.names() for budget in (None, 2.0)],
+                ids=lambda x: f"{x[0]}-{x[1]}")
+def setup(request, setups):
+    return setups(*request.param)
+
+
+def test_the_first_policy_is_the_base(setup):
+    episodes = setup.sample(setup.params)
+    assert episodes.mask.sum() > MEMBERS
+    assert np.abs(episodes.kl).max() < 1e-10
+    assert np.abs(episodes.log_ratio).max() < 1e-5
+    assert np.all(np.asarray(episodes.log_prob)[episodes.mask] < -0.1)      # it is not all zero
+
+
+def test_the_first_ratio_is_one(setup):
+    episodes = setup.sample(setup.params)
+    ratio = np.exp(setup.score(setup.params, episodes).terms.log_prob - episodes.log_prob)
+    np.testing.assert_allclose(ratio, 1.0, atol=1e-5)
+
+
+def test_the_sampler_and_the_scorer_agree_on_a_moved_policy(setup):
+    params = setup.moved()
+    episodes = setup.sample(params)
+    scores = setup.score(params, episodes)
+    assert episodes.kl.sum() > 0.1                                          # it is no longer the base
+    np.testing.assert_allclose(np.exp(scores.terms.log_prob - episodes.log_prob), 1.0, atol=1e-4)
+    for name, new in (("kl", scores.terms.kl), ("entropy", scores.terms.entropy), ("value", scores.value)):
+        recorded = getattr(episodes, name)
+        np.testing.assert_allclose(new, recorded, atol=1e-4, err_msg=name)
+        assert np.asarray(recorded[0])[episodes.mask[0]].std() > 1e-3               # and it depends on what was said
+
+
+def test_the_first_value_is_zero_and_the_first_spend_is_as_configured(setup):
+    episodes = setup.sample(setup.params)
+    assert not episodes.value.any()
+    one = jax.tree.map(lambda x: x[0], (setup.params, episodes.features))
+    nats = jnp.full(episodes.mask.shape[1:], 3.0)
+    reading = setup.program.policy.read(one[0], setup.model.params, one[1], Situation(nats, nats / 6, nats / 6))
+    np.testing.assert_allclose(reading.spend, 0.05, rtol=1e-5)
+
+
+def test_members_start_from_seeds_of_their_own(setup):
+    first, second = (jax.tree.map(lambda x, i=i: x[i], setup.params["scalars"]) for i in range(MEMBERS))
+    assert not np.array_equal(first["value_hidden"]["kernel"], second["value_hidden"]["kernel"])
+    episodes = setup.sample(setup.params)
+    assert not np.array_equal(episodes.transcript.tokens[0], episodes.transcript.tokens[1])
+
+
+@pytest.mark.parametrize(("kind", "own"), [("full", "trunk"), ("lora", "adapter")])
+def test_the_value_does_not_move_the_finetuned_weights(setups, kind, own):
+    setup = setups(kind, None)
+    episodes = setup.sample(setup.params)
+    params, episodes = jax.tree.map(lambda x: x[0], (setup.moved(), episodes))
+    base, situation = setup.model.params, Situation(*[jnp.zeros(episodes.mask.shape)] * 3)
+
+    @jax.jit
+    @jax.jacrev
+    def grads(params):
+        features = setup.program.policy.refresh(params, base, episodes)
+        reading = setup.program.policy.read(params, base, features, situation)
+        return {"value": reading.value.sum(), "gap": (reading.gap**2).sum()}
+
+    of = grads(params)
+    assert not any(x.any() for x in jax.tree.leaves(of["value"][own]))
+    assert of["value"]["scalars"]["value_hidden"]["kernel"].any()
+    assert all(x.any() for x in jax.tree.leaves(of["gap"][own]))
+
+
+def test_an_unknown_kind_lists_the_choices():
+    with pytest.raises(ValueError, match="policy.kind='trunk'.*full, head, lora"):
+        POLICIES["trunk"]
+
+
+def test_a_full_policy_on_a_bfloat16_base_is_float32_and_begins_as_the_base(tiny_shapes, tiny_params):
+    """Steps of 1e-4 would be lost on bfloat16 weights of 1; what is computed with them is rounded as the base's."""
+    shapes = dataclasses.replace(tiny_shapes, dtype="bfloat16")
+    base = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tiny_params)
+    policy = build("full", shapes, configs.default().policy)
+    params = policy.init(jax.random.key(0), base)
+    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    moved = jax.tree.map(lambda x: x + 1e-4, params["trunk"])
+    assert all((old != new).any() for old, new in zip(*map(jax.tree.leaves, (params["trunk"], moved)), strict=True))
+    tokens = jax.random.randint(jax.random.key(1), (2, 12), 0, shapes.vocab)
+    transcript = Transcript(tokens, jnp.zeros_like(tokens), jnp.zeros_like(tokens), jnp.zeros(2, jnp.int32))
+    features = policy.reread(params, base, transcript, jnp.tile(jnp.arange(1, 12), (2, 1)))
+    assert features.policy.dtype == jnp.bfloat16
+    reading = policy.read(params, base, features, Situation(*[jnp.zeros((2, 11))] * 3))
+    assert reading.base_logits.any() and not reading.gap.any()
+
+
+@pytest.mark.parametrize("spend", SPENDS.names())
+@pytest.mark.parametrize("kind", POLICIES.names())
+def test_the_value_loss_moves_the_value_head_alone(setups, kind, spend):
+    """The remaining budget, which the value reads, is a function of actor and budget neuron; the trunk is read, too."""
+    own = setups(kind, 2.0)
+    params = jax.tree.map(lambda x: x[0], own.moved())
+    episodes = jax.tree.map(lambda x: x[0], own.sample(own.moved()))
+    caps = scoring.caps_of(jax.tree.map(lambda x: x[0], own.hyper))
+
+    @jax.jit
+    def gradient(params):
+        def loss(params):
+            value = scoring.score(own.program._replace(spend=spend), params, (), own.frozen, episodes, caps,
+                                  episodes.mask.sum(-1).max()).value
+            return jnp.where(episodes.mask, (value - 1.0) ** 2, 0.0).sum()
+
+        return jax.grad(loss)(params)
+
+    for path, grads in jax.tree_util.tree_leaves_with_path(gradient(params)):
+        names = [key.key for key in path]
+        is_value = names[0] == "scalars" and names[1].startswith("value")
+        assert (np.abs(grads).max() > 1e-3) if is_value else not np.any(grads), names
