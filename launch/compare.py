@@ -41,9 +41,9 @@ def main(argv=None):
 
 def _run(argv):
     args = _arguments(argv)
+    from kl_reg import storage
     from kl_reg.analysis.compare import compare, divergence_figure
     from kl_reg.runs import directory as run_directory
-    from kl_reg.runs import storage
 
     report = compare.compare(args.a, args.b, args.on, args.episodes, args.seed, args.openings, args.steps)
     addresses = [run_directory.parse(args.a), run_directory.parse(args.b)]

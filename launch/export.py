@@ -32,8 +32,8 @@ def _run(argv):
                         "no budget holds")
     parser.add_argument("--dtype", help="float32 or bfloat16 (default: the run's model.dtype)")
     args = parser.parse_args(argv)
+    from kl_reg import storage
     from kl_reg.export.member import export
-    from kl_reg.runs import storage
 
     done = export(args.run, storage.local(args.out, "--out"), args.step, adapter=args.adapter, with_base=args.with_base,
                   proposal=args.proposal, dtype=args.dtype)

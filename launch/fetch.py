@@ -24,8 +24,8 @@ def _run(argv):
     parser.add_argument("--out", metavar="DIR",
                         help="the model folder to make (default: a cache, where model.path finds it by its name)")
     args = parser.parse_args(argv)
+    from kl_reg import storage
     from kl_reg.pretrained.fetch import fetch
-    from kl_reg.runs import storage
 
     out = storage.local(args.out, "--out") if args.out else None
     folder, before = fetch(args.model, out)

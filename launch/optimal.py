@@ -34,9 +34,9 @@ def main(argv=None):
 def _run(argv):
     args = _arguments(argv)
     command.check_whole(args, episodes=2, seed=0)       # a standard error needs two
+    from kl_reg import storage
     from kl_reg.analysis.optimum import efficiency, efficiency_figure
     from kl_reg.runs import directory as run_directory
-    from kl_reg.runs import storage
 
     report = efficiency.measure(args.run, args.episodes, args.seed, args.least, args.beside)
     out = storage.path(args.out) if args.out else run_directory.parse(args.run).workdir / "optimal"

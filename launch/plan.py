@@ -33,8 +33,8 @@ def main(argv):
 
 def _plan(config):
     """The exit status."""
+    from kl_reg import storage
     from kl_reg.planning import accelerators, plan, report, search
-    from kl_reg.runs import storage
 
     topology = accelerators.topology(TOPOLOGY.value)
     programs = plan.read(config)

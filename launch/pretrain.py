@@ -19,8 +19,8 @@ flags.mark_flag_as_required("config")
 
 
 def main(argv):
+    from kl_reg import storage
     from kl_reg.pretraining import train as pretraining
-    from kl_reg.runs import storage
 
     call = shlex.join(["python", "-m", "launch.pretrain", *sys.argv[1:]])
     folders = command.guarded(argv, lambda: pretraining.train(

@@ -52,9 +52,9 @@ def main(argv=None):
 def _run(argv):
     args = _arguments(argv)
     command.check_whole(args, seed=0)
+    from kl_reg import storage
     from kl_reg.analysis.behaviour import script_price, script_price_figure
     from kl_reg.pretrained import tokenizer, weights
-    from kl_reg.runs import storage
 
     dialogue = script_price.Dialogue(args.teacher, args.student, args.end)
     opening = _opening(args, dialogue)
@@ -73,7 +73,7 @@ def _run(argv):
 
 
 def _text(file):
-    from kl_reg.runs import storage
+    from kl_reg import storage
 
     try:
         return storage.read_text(storage.path(file))

@@ -108,7 +108,7 @@ def table(rows: list) -> Table:
 
 def problems(workdir: str | os.PathLike) -> list[str]:
     """Of each program that failed or was lost: why, and how its log ends."""
-    from kl_reg.runs import storage
+    from kl_reg import storage
     from kl_reg.sweeps import plan, progress
 
     if not (storage.path(workdir) / "sweep.json").is_file():

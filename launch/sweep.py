@@ -38,7 +38,7 @@ def main(argv):
 
 
 def _is_divided(workdir):
-    from kl_reg.runs import storage
+    from kl_reg import storage
 
     return (storage.path(workdir) / "sweep.json").is_file()
 
@@ -97,7 +97,7 @@ def _watch(sweep, numbers, started):
 
 def _close(sweep):
     """Gathers and reports; 1 where a program is missing."""
-    from kl_reg.runs import storage
+    from kl_reg import storage
     from kl_reg.sweeps import gather
 
     missing = sweep.missing()

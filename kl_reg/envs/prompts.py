@@ -16,10 +16,10 @@ from typing import NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
+from kl_reg import storage
 from kl_reg.envs import messages
 from kl_reg.pretrained import tokenizer as text
 from kl_reg.registry import Registry
-from kl_reg.runs import storage
 from kl_reg.types import Openings
 
 TEXT, CHAT, TURNS = "a text", "a chat", "a list of turns"

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from kl_reg import config as configs
+from kl_reg import storage
 from kl_reg.export import huggingface as files
 from kl_reg.export import model_card
 from kl_reg.kl import budget
@@ -16,7 +17,6 @@ from kl_reg.policies import lora
 from kl_reg.policies.actor import Situation
 from kl_reg.pretrained import folders, quantize, weights
 from kl_reg.runs import directory as run_directory
-from kl_reg.runs import storage
 from kl_reg.training import member_groups, scoring
 from kl_reg.types import Sampling
 

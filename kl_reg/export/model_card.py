@@ -7,10 +7,10 @@ from typing import NamedTuple
 from huggingface_hub import ModelCardData
 
 from kl_reg import config as configs
+from kl_reg import storage
 from kl_reg.export import huggingface as files
 from kl_reg.pretrained import folders, tokenizer
 from kl_reg.runs import directory as run_directory
-from kl_reg.runs import storage
 from kl_reg.types import Sampling
 
 _OF_THE_RUN = ("sweep", "checkpoint", "log", "evaluation")      # settings that say nothing of a member

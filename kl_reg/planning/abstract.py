@@ -13,12 +13,11 @@ from ml_collections import ConfigDict
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from kl_reg import config as configs
-from kl_reg import validation
+from kl_reg import storage, validation
 from kl_reg.models import decoder
 from kl_reg.planning import flops
 from kl_reg.pretrained import families, folders, hf_config, quantize, weights
 from kl_reg.runs import directory as run_directory
-from kl_reg.runs import storage
 from kl_reg.sampling import rollout
 from kl_reg.training import member_groups, program, scoring
 from kl_reg.types import Episodes, Frozen, Hyper, Openings, TrainState

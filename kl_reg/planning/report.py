@@ -4,11 +4,11 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
+from kl_reg import storage
 from kl_reg.planning import estimate
 from kl_reg.planning.accelerators import GIB, Topology
 from kl_reg.planning.plan import Plan, ProgramPlan, StagePlan, excess
 from kl_reg.planning.search import Guess
-from kl_reg.runs import storage
 
 
 def text_of(axes: dict[str, int]) -> str:

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import huggingface_hub
 
+from kl_reg import storage
 from kl_reg.pretrained import families, hf_config, weight_files
-from kl_reg.runs import storage
 
 EMBEDDED = pathlib.Path(__file__).parent.parent / "assets"
 HUB_FILES = ("config.json", "generation_config.json", "*.safetensors", weight_files.INDEX, "tokenizer.json",

@@ -9,7 +9,7 @@ import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from kl_reg.pretrained import gguf_header, hf_config
-from kl_reg.pretrained.weight_files import Source
+from kl_reg.pretrained.source import Source
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 

@@ -3,24 +3,16 @@ from __future__ import annotations
 
 import json
 import pathlib
-from collections.abc import Callable
-from typing import NamedTuple
 
 import ml_dtypes  # noqa: F401    (teaches numpy bfloat16)
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from kl_reg.pretrained import gguf_file
+from kl_reg.pretrained.source import Source
+
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLED = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
-
-
-class Source(NamedTuple):
-    """The weights in `path`: their `shapes` by Hugging Face name, and `read`, which gives one of them whole, in the
-    dtype in which it is stored (of a GGUF file: float32)."""
-
-    path: pathlib.Path
-    shapes: dict[str, tuple[int, ...]]
-    read: Callable[[str], np.ndarray]
 
 
 def open_source(folder: pathlib.Path) -> Source:
@@ -33,8 +25,6 @@ def open_source(folder: pathlib.Path) -> Source:
     """
     first, *shards = weight_files(folder)
     if first.suffix == ".gguf":
-        from kl_reg.pretrained import gguf_file  # which imports `Source`
-
         return gguf_file.source(first)
     handles = {file: _open(file) for file in shards or [first]}
     have = {file: set(handle.keys()) for file, handle in handles.items()}

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from kl_reg.pretrained.weight_files import Source
+from kl_reg.pretrained.source import Source
 
 
 class Rule(NamedTuple):

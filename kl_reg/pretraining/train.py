@@ -19,13 +19,14 @@ import optax
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
+from kl_reg import storage
 from kl_reg.analysis.behaviour.script_price import Dialogue, price_of_script
 from kl_reg.analysis.report.stats import mean_and_error
 from kl_reg.models import decoder
 from kl_reg.models.layers import Rope
 from kl_reg.pretrained import chitchat, families, folders, tokenizer, weights
 from kl_reg.pretraining import model_card
-from kl_reg.runs import checkpoint, storage
+from kl_reg.runs import checkpoint
 from kl_reg.runs.log import progress_bar
 
 _RESUMABLE = ("steps", "decay", "output", "eval_every", "members")      # may change when a training is resumed

@@ -7,7 +7,7 @@ import io
 
 import numpy as np
 
-from kl_reg.runs import storage
+from kl_reg import storage
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

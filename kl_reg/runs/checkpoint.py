@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
 from kl_reg import config as configs
-from kl_reg.runs import storage
+from kl_reg import storage
 
 _COMMITTED = "commit_success.txt"       # by which Orbax tells whole checkpoints in gs:// from others
 

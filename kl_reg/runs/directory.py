@@ -11,8 +11,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from kl_reg import config as configs
+from kl_reg import storage
 from kl_reg.pretrained import folders
-from kl_reg.runs import checkpoint, storage
+from kl_reg.runs import checkpoint
 
 
 class Member(NamedTuple):

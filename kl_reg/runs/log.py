@@ -16,7 +16,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.hparams import summary_v2
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-from kl_reg.runs import storage
+from kl_reg import storage
 
 _WINDOW = 5      # iterations that the best iterate is a mean over
 

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, UInt8
 from kl_reg.kl.budget import finite, tilt
 from kl_reg.kl.exact import TokenTerms, token_terms
 from kl_reg.kl.spends import SPENDS
-from kl_reg.references.kinds import Measure
+from kl_reg.references.interface import Measure
 
 
 class Choice(NamedTuple):

@@ -5,9 +5,10 @@ import os
 
 import numpy as np
 
+from kl_reg import storage
 from kl_reg.analysis.report import page
 from kl_reg.episodes.metrics import pooled
-from kl_reg.runs import checkpoint, storage
+from kl_reg.runs import checkpoint
 from kl_reg.runs import directory as run_directory
 from kl_reg.sweeps import plan
 from kl_reg.training.evaluate import seeds_of

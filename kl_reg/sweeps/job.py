@@ -9,7 +9,7 @@ import time
 import traceback
 from collections.abc import Iterator
 
-from kl_reg.runs import storage
+from kl_reg import storage
 from kl_reg.sweeps import gather, plan
 
 

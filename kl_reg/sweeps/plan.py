@@ -11,9 +11,8 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from kl_reg import config as configs
-from kl_reg import validation
+from kl_reg import storage, validation
 from kl_reg.runs import directory as run_directory
-from kl_reg.runs import storage
 
 
 class Sweep(NamedTuple):

@@ -7,8 +7,8 @@ import socket
 from typing import NamedTuple
 
 from kl_reg import config as configs
+from kl_reg import storage
 from kl_reg.runs import directory as run_directory
-from kl_reg.runs import storage
 from kl_reg.sweeps import plan
 
 OVER = ("done", "failed", "lost")

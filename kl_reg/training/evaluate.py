@@ -9,10 +9,10 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from kl_reg import storage
 from kl_reg.episodes.metrics import ledger, pooled
 from kl_reg.pretrained import weights
 from kl_reg.runs import log as run_log
-from kl_reg.runs import storage
 from kl_reg.sampling import rollout
 from kl_reg.sharding import mesh as meshes
 from kl_reg.sharding import multihost

@@ -12,11 +12,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from kl_reg import config as configs
-from kl_reg import rewards, validation
-from kl_reg.analysis.report import page, stats
+from kl_reg import rewards, storage, validation
 from kl_reg.episodes.metrics import objective
 from kl_reg.pretrained import end_tokens, folders, quantize, tokenizer, weights
-from kl_reg.runs import checkpoint, storage
+from kl_reg.runs import checkpoint
 from kl_reg.runs import log as run_log
 from kl_reg.runs.fingerprint import digest_of, name_of
 from kl_reg.sampling import rollout
@@ -28,36 +27,23 @@ from kl_reg.types import Episodes
 
 
 class Result(NamedTuple):
-    """`summary` as in summary.json; `params` of each member, in the sweep's order; the paths of what was written;
-    `tokens_per_second` of all members, the median of the iterations that this call ran (None: there was none)."""
+    """`summary` as in summary.json; `params` of each member, in the sweep's order; the paths of what was written
+    (`report` None: not yet); `tokens_per_second` of all members, the median of the iterations that this call ran (None:
+    there was none)."""
 
     summary: list[dict]
     params: list
     workdir: storage.Path
-    report: storage.Path
     tokens_per_second: float | None
+    report: storage.Path | None = None
 
 
 def train(config: ConfigDict, reward_fn: Callable | Sequence[Callable] | None = None,
           workdir: str | os.PathLike = "runs/latest", loss_fn: Callable | None = None,
           began: float | None = None) -> Result:
-    """Trains all members of `config.sweep` (one, if it is empty), evaluates them and the base, and writes the report.
+    """Trains all members of `config.sweep` (one, if it is empty) and evaluates them and the base.
 
-    Resumes from the last checkpoint in `workdir`; a finished run is evaluated and reported again.
-
-    Args:
-        config: from `kl_reg.config.default()`.
-        reward_fn: instead of `config.reward`: fn(prompts, completions, completion_ids, **columns) ->
-            list[float | None], sync or async, called with what the environment has scored; or several, to be added up.
-        workdir: for config.json, members/<k>/, checkpoints/, summary.json, figures/ and report.html: a local path, or
-            an address as gs://bucket/folder (docs/guide.md).
-        loss_fn: instead of `config.rl.loss`: fn(log_prob, old_log_prob, advantage, mask, hyper) -> [k], of one stream.
-        began: `time.monotonic()` from which the time to the first update counts that is printed; None: now.
-
-    Raises:
-        ValueError: a setting is wrong, or the reward function or the training gave no finite number.
-        FileNotFoundError: the model folder is missing.
-        FileExistsError: `workdir` holds another experiment.
+    Arguments and errors are those of `kl_reg.train`, which writes the report as well.
     """
     began = time.monotonic() if began is None else began
     config, workdir = config.copy_and_resolve_references(), storage.path(workdir)
@@ -105,15 +91,11 @@ def train(config: ConfigDict, reward_fn: Callable | Sequence[Callable] | None = 
     finally:
         saved.close()
     summary = evaluate.evaluate(config, groups, states, model, judges, workdir)
+    multihost.first(lambda: storage.write_json(workdir / "summary.json", summary))
     params = {number: jax.tree.map(lambda x, i=i: x[i], state.params)
               for group, state in zip(groups, states, strict=True) for i, number in enumerate(group.members)}
     return Result(summary, [params[number] for number in sorted(params)], workdir,
-                  multihost.first(lambda: _report(workdir, summary)), float(np.median(rates)) if rates else None)
-
-
-def _report(workdir, summary):
-    storage.write_json(workdir / "summary.json", summary)
-    return page.write_report(workdir)
+                  float(np.median(rates)) if rates else None)
 
 
 def _say(text):
@@ -144,7 +126,7 @@ def _iterate(config, groups, states, judges, workdir, saved, start):
             for number, log in enumerate(logs):
                 log.write({"iteration": iteration, **rows[number], "seconds": seconds, "tokens_per_second": rates[-1]})
             _tell_unjudged(bar, iteration, rows, silent)
-            shown = {name: np.mean([stats.number(row[name]) for row in rows.values()])
+            shown = {name: np.mean([np.nan if row[name] is None else row[name] for row in rows.values()])
                      for name in ("return", "kl/nats_per_episode")}
             bar.step(**shown, **{"tokens/s": rates[-1]})
             if (iteration + 1) % config.checkpoint.every == 0 or iteration + 1 == config.rl.iterations:

@@ -25,6 +25,7 @@ from kl_reg.policies import student
 from kl_reg.policies.interface import Alone, Policy
 from kl_reg.pretrained import embeddings, end_tokens, tokenizer, weights
 from kl_reg.references import kinds as references
+from kl_reg.references.interface import Reference
 from kl_reg.runs import directory as run_directory
 from kl_reg.runs.fingerprint import is_library
 from kl_reg.sampling import rollout
@@ -44,7 +45,7 @@ class Program(NamedTuple):
     """
 
     policy: Policy
-    reference: references.Reference
+    reference: Reference
     student: student.Student
     env: Environment
     groups: TokenGroups

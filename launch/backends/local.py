@@ -8,7 +8,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
-from kl_reg.runs import storage
+from kl_reg import storage
 from kl_reg.sweeps import job, plan
 from launch.backends.options import Options, Started, check
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import os
 
-from kl_reg.runs import storage
+from kl_reg import storage
 from kl_reg.sweeps import job, plan
 from launch.backends.options import Options, Started, check
 

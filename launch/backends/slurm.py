@@ -6,7 +6,7 @@ import os
 import subprocess
 from typing import NamedTuple
 
-from kl_reg.runs import storage
+from kl_reg import storage
 from kl_reg.sweeps import job, plan
 from launch.backends.options import Options, Started, check
 

@@ -16,9 +16,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 from kl_reg import config as configs
+from kl_reg import storage
 from kl_reg.pretrained import folders
 from kl_reg.runs import directory as run_directory
-from kl_reg.runs import storage
 from kl_reg.sweeps import job, plan
 from launch.backends.options import Options, Started, check
 

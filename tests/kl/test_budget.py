@@ -14,7 +14,7 @@ from scipy.special import log_softmax
 
 from kl_reg.kl import budget
 from kl_reg.kl.budget import Caps, charge, enter, finite, left, open_ledger, tilt
-from kl_reg.references.kinds import Measure
+from kl_reg.references.interface import Measure
 from kl_reg.sampling import action as actions
 
 VOCAB = 200

@@ -22,7 +22,7 @@ from kl_reg.models import decoder
 from kl_reg.models.decoder import DecoderConfig
 from kl_reg.models.layers import Rope
 from kl_reg.pretrained import families, quantize, weight_map, weights
-from kl_reg.pretrained.weight_files import Source
+from kl_reg.pretrained.source import Source
 
 LLAMA = dict(model_type="llama", vocab_size=96, hidden_size=32, intermediate_size=40, num_hidden_layers=4,
              num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, rms_norm_eps=1e-3)

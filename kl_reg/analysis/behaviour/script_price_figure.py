@@ -8,8 +8,8 @@ import matplotlib
 import matplotlib.ticker
 import numpy as np
 
+from kl_reg import storage
 from kl_reg.analysis.report.figures import STYLE, new, plain, save
-from kl_reg.runs import storage
 
 BUDGETS = (10.0, 20.0)      # the paper's, nats per episode
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from kl_reg import storage
 from kl_reg.analysis.compare import policies as compared
 from kl_reg.analysis.compare.divergence import Writer, meanings, measure, summarise
 from kl_reg.analysis.report.conditions import Setting, settings
@@ -17,7 +18,6 @@ from kl_reg.envs.environment import Environment
 from kl_reg.pretrained import embeddings, folders, tokenizer
 from kl_reg.runs import directory as run_directory
 from kl_reg.runs import log as run_log
-from kl_reg.runs import storage
 from kl_reg.training import member_groups, scoring
 from kl_reg.types import OPENING, PAD, Transcript
 

@@ -8,9 +8,9 @@ import matplotlib.lines
 import matplotlib.ticker
 import numpy as np
 
+from kl_reg import storage
 from kl_reg.analysis.report.conditions import Setting
 from kl_reg.analysis.report.figures import STYLE, looks, new, save
-from kl_reg.runs import storage
 
 _BANDS = 3       # lines in a panel up to which their intervals can be told apart
 _MODEL = {"color": "#31688e", "linestyle": "-", "marker": "o"}

@@ -12,7 +12,7 @@ from jaxtyping import Array
 from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
-from kl_reg import algorithms
+from kl_reg import algorithms, storage
 from kl_reg import config as configs
 from kl_reg.models import decoder
 from kl_reg.policies import kinds as policies
@@ -22,7 +22,6 @@ from kl_reg.policies.interface import Policy, Reading
 from kl_reg.pretrained import quantize, tokenizer, weights
 from kl_reg.references import kinds as references
 from kl_reg.runs import directory as run_directory
-from kl_reg.runs import storage
 from kl_reg.sampling import rollout
 from kl_reg.training import member_groups
 from kl_reg.training import program as programs

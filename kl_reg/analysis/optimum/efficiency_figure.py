@@ -4,8 +4,8 @@ from __future__ import annotations
 import matplotlib
 import numpy as np
 
+from kl_reg import storage
 from kl_reg.analysis.report.figures import BASE, STYLE, new, save
-from kl_reg.runs import storage
 
 
 def draw(report: dict, path: storage.Path) -> storage.Path:

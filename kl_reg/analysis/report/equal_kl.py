@@ -7,10 +7,10 @@ from typing import NamedTuple
 import matplotlib
 import numpy as np
 
+from kl_reg import storage
 from kl_reg.analysis.report import figures, stats
 from kl_reg.analysis.report.conditions import Setting, kl_name
 from kl_reg.episodes.metrics import rates
-from kl_reg.runs import storage
 
 TOLERANCE = 0.15     # of the target, either way
 _NO_KL = 1e-3        # nats per episode: too few to divide by

@@ -15,10 +15,10 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from kl_reg import storage
 from kl_reg.analysis.report.conditions import Setting, kl_name, warnings
 from kl_reg.analysis.report.frontier import INTERVALS, Point
 from kl_reg.analysis.report.stats import ByPosition, number, silent_rates
-from kl_reg.runs import storage
 
 STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
          "grid.alpha": 0.25, "axes.axisbelow": True, "axes.titlesize": 10.5, "axes.titlelocation": "left",

@@ -7,12 +7,12 @@ import os
 
 import numpy as np
 
+from kl_reg import storage
 from kl_reg.analysis.report import equal_kl, figures, frontier, silence, stats, tables, transcripts
 from kl_reg.analysis.report.conditions import kl_name, warnings
 from kl_reg.analysis.report.results import Sweep, read
 from kl_reg.analysis.report.tables import escaped
 from kl_reg.pretrained import tokenizer
-from kl_reg.runs import storage
 
 SHOWN_EPISODES = 4
 

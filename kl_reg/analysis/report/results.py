@@ -9,11 +9,11 @@ from typing import NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
+from kl_reg import storage
 from kl_reg.analysis.report.conditions import Setting, settings
 from kl_reg.analysis.report.figures import CURVES
 from kl_reg.pretrained import folders
 from kl_reg.runs import directory as run_directory
-from kl_reg.runs import storage
 
 FINAL = ("return", "return_se", "kl/nats_per_episode", "kl/nats_per_episode_se", "kl/nats_per_token",
          "teacher/silent_rate", "teacher/silent_rate_se", "student/silent_rate", "student/silent_rate_se",

@@ -10,10 +10,10 @@ import matplotlib
 import matplotlib.ticker
 import numpy as np
 
+from kl_reg import storage
 from kl_reg.analysis.report import figures, stats
 from kl_reg.analysis.report.conditions import Setting, kl_name
 from kl_reg.analysis.report.transcripts import printable
-from kl_reg.runs import storage
 from kl_reg.types import AGENT, PAD, STUDENT
 
 RISE = 0.1          # share of the teacher's turns: a setting with a smaller rise over the base has not learned silence

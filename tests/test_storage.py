@@ -18,11 +18,12 @@ from hypothesis import strategies as st
 
 import kl_reg
 from kl_reg import config as configs
+from kl_reg import storage
 from kl_reg.analysis.report import page
 from kl_reg.envs import prompts
 from kl_reg.pretrained import folders
 from kl_reg.rewards.table import table
-from kl_reg.runs import checkpoint, storage
+from kl_reg.runs import checkpoint
 from kl_reg.runs import directory as run_directory
 from kl_reg.sweeps import gather, job, plan, progress
 from launch import command
