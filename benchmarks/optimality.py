@@ -127,7 +127,7 @@ def train(config: ConfigDict, model: weights.Model, tables: np.ndarray) -> tuple
         return jnp.zeros(episodes.mask.shape).at[:, :, -1].set(rewards)
 
     state, first = group.run.init(model.params, group.seeds, group.hyper), jnp.zeros(len(tables), jnp.int32)
-    size = group.program.group
+    size = group.program.algorithm.group
     for _ in range(config.rl.iterations):
         keys = rollout.member_keys(state.seed, state.iteration)
         episodes = group.run.draw(state.params, state.reference, group.hyper, group.frozen, keys, first, size)

@@ -61,11 +61,11 @@ class Trainer:
         state, group = self.state, self.group
         keys, first = rollout.member_keys(state.seed, state.iteration), jnp.zeros(len(group.members), jnp.int32)
         return jax.block_until_ready(group.run.draw(state.params, state.reference, group.hyper, group.frozen, keys,
-                                                    first, group.program.group))
+                                                    first, group.program.algorithm.group))
 
     def reward(self, episodes: Episodes) -> jax.Array:
         """Of the agent streams [m, b, k]."""
-        recorded = jax.device_get(episodes._replace(features=(), reference=(), kept=None))
+        recorded = jax.device_get(episodes._replace(features=(), reference=(), allowed=None))
         members = [jax.tree.map(lambda x, i=i: x[i], recorded) for i in range(len(self.group.members))]
         return jnp.asarray(np.stack([judge(self.group.program, self._judges, own).credit.stream for own in members]))
 

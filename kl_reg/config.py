@@ -234,7 +234,7 @@ def kl_config(config: ConfigDict) -> KLConfig:
     """
     kl = config.kl
     return KLConfig(kl.direction, kl.estimator, kl.placement, kl.reduction, config.sampling.temperature,
-                    kl.allow_biased, drawn=SPENDS[kl.spend].drawn)
+                    kl.allow_biased, drawn=SPENDS.facts(kl.spend)["drawn"])
 
 
 def flat(config: ConfigDict) -> dict:

@@ -73,10 +73,10 @@ class Episodes(NamedTuple):
     transcript: Transcript
     features: object                       # what the policy reads at each agent token: a pytree of [b, k, ...]
     reference: object                      # what the reference reads there
-    kept: UInt8[Array, "b k w"] | None     # the tokens that could be drawn, a bit each; None: all
+    allowed: UInt8[Array, "b k w"] | None  # the tokens that could be drawn, a bit each; None: all
     slot: Int[Array, "b k"]
     action: Int[Array, "b k"]
-    part: Float[Array, "b k"]              # of what is left of the budget, allowed for this token
+    fraction: Float[Array, "b k"]          # of the remaining budget that this token may cost
     mask: Bool[Array, "b k"]
     log_prob: Float[Array, "b k"]          # of the action, under the policy that drew it
     log_ratio: Float[Array, "b k"]         # log pi - log ref of the action, nats

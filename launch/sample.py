@@ -91,7 +91,7 @@ def _check_policy(args, one, colour):
     """Raises on flags that this policy does not have."""
     if args.chat and one.is_run:
         raise ValueError(f"--chat is for a model; {args.policy} is a run and talks as in its training")
-    if colour == "surprisal" and one.team.program.constrained and one.team.program.spend == "sampled":
+    if colour == "surprisal" and one.team.program.agent.constrained and one.team.program.algorithm.kl.config.drawn:
         raise ValueError("--colour surprisal: with kl.spend='sampled' what is recorded of a token has the amount in "
                          "it that was drawn for it")
 
@@ -114,7 +114,7 @@ def _read(console, args, one, colour):
     from kl_reg.training import step
     from kl_reg.types import PAD
 
-    env, (title, shown) = one.team.program.env, single_policy.SHOWN[colour]
+    env, (title, shown) = one.team.program.task.env, single_policy.SHOWN[colour]
     one = _in(one, env, args.length or env.length)
     with console.status("sampling"):
         episodes = single_policy.sample(one.team, args.episodes, args.seed)
@@ -145,14 +145,14 @@ def _talk(console, args, one, colour):
     with contextlib.suppress(ImportError):      # lines can be edited and recalled, where the platform has it
         import readline  # noqa: F401
 
-    folder, env, (title, shown) = one.model.folder, one.team.program.env, single_policy.SHOWN[colour]
+    folder, env, (title, shown) = one.model.folder, one.team.program.task.env, single_policy.SHOWN[colour]
     words = tokenizer.load(folder)
     ends = frozenset() if one.is_run else frozenset(end_tokens.named(folder, words))
     manners = (conversation.as_user(partial(tokenizer.chat, words), ends) if args.chat
                else conversation.as_student(one.config.env, env, words, ends))
     longest = one.model.config.max_position - manners.env.openings.tokens.shape[1]
     one = _in(one, manners.env, args.length or (env.length if one.is_run else min(longest, _LONGEST)))
-    manners = manners._replace(env=one.team.program.env)
+    manners = manners._replace(env=one.team.program.task.env)
     policy = conversation.compile_policy(one.team, shown)
     console.print(one.title, soft_wrap=True)
     console.print(terminal.legend(console, _CEILINGS[colour], title, more=True))

@@ -3,7 +3,6 @@ import json
 import math
 import re
 import shutil
-from types import SimpleNamespace
 
 import jax.numpy as jnp
 import pytest
@@ -12,7 +11,7 @@ from kl_reg import config as configs
 from kl_reg import no_training, validation
 from kl_reg.algorithms import ALGORITHMS
 from kl_reg.runs import checkpoint
-from kl_reg.training import loop, step
+from kl_reg.training import loop, optimizer
 from kl_reg.types import Hyper
 
 
@@ -271,8 +270,7 @@ def test_a_member_that_cannot_change_is_a_control_beside_others(config):
 def test_cautions_about_the_schedule_are_those_of_the_rates(config, warmup, iterations, final):
     """A caution where at least half of the iterations have no rate, or where the rate never comes to half."""
     config.optim.warmup, config.rl.iterations, config.optim.final = warmup, iterations, final
-    program, hyper = SimpleNamespace(warmup=warmup, iterations=iterations, final=final), configs.split(config)[1]
-    rates = [float(step.learning_rate(program, hyper, jnp.int32(i)) / hyper.learning_rate) for i in range(iterations)]
+    rates = [float(optimizer.schedule(warmup, final, iterations)(jnp.int32(i))) for i in range(iterations)]
     expected = rates.count(0) >= iterations / 2 or max(rates) < 1 / 2
     assert bool(no_training.cautions([config])) == expected
 

@@ -49,7 +49,7 @@ def test_a_name_with_a_dot_comes_before_a_path(colours):
     assert colours["math.sqrt"] == 4
 
 
-@pytest.mark.parametrize("path", ["math.pi", "kl_reg.models", "kl_reg.sampling.rollout._BLOCK"])
+@pytest.mark.parametrize("path", ["math.pi", "kl_reg.models", "kl_reg.sampling.action._BLOCK"])
 def test_what_is_no_function_is_refused(colours, path):
     with pytest.raises(ValueError, match=rf"paint.colour='{path}' is .*, no function; choose one of blue, red"):
         colours[path]

@@ -16,7 +16,7 @@ def test_the_base_as_agent_gets_replies_and_is_not_silent():
     validation.validate(config)
     changes = {name: config.env[name] for name in ("opening", "teacher", "student", "end", "markers")}
     policy = single_policy.open_policy(config.model.path, "run", EPISODES, changes, LENGTH)
-    turns = policy.team.program.env.read(single_policy.sample(policy.team, EPISODES, seed=0).transcript)
+    turns = policy.team.program.task.env.read(single_policy.sample(policy.team, EPISODES, seed=0).transcript)
     assert sum(turn.scored for turn in turns) >= 1.5 * EPISODES     # 0.25 an episode of 160 tokens: nothing is learned
     spoken = [turn for turn in turns if turn.role == AGENT and turn.finished]
     assert sum(not turn.text for turn in spoken) <= 0.1 * len(spoken)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 
+import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -43,6 +44,7 @@ def generalised(rewards: Float[Array, " k"], values: Float[Array, " k"], mask: B
 
     \delta_t = r_t + \gamma V_{t+1} - V_t. Source: Schulman et al. (2016).
     """
+    chex.assert_equal_shape([rewards, values, mask])
     values = jnp.where(mask, values, 0.0)
     delta = jnp.where(mask, rewards + discount * jnp.append(values[1:], 0.0) - values, 0.0)
 

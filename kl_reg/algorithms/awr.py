@@ -1,6 +1,7 @@
 """Advantage-weighted regression."""
 from __future__ import annotations
 
+import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -19,6 +20,7 @@ def awr(log_prob: Float[Array, " k"], old_log_prob: Float[Array, " k"], advantag
     Maximum likelihood of what was sampled, good tokens more than others: it tends to \pi \propto \pi_{old} e^{A/T} and
     needs no ratio in later epochs. Not zero without an advantage: then it imitates. Source: Peng et al. (2019).
     """
+    chex.assert_equal_shape([log_prob, old_log_prob, advantage, mask])
     del old_log_prob, mask
     return -jax.lax.stop_gradient(jnp.minimum(jnp.exp(advantage / hyper.temperature), LARGEST)) * log_prob
 

@@ -1,6 +1,7 @@
 """Clipped importance-sampling-weight policy optimisation."""
 from __future__ import annotations
 
+import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -15,7 +16,7 @@ def cispo(log_prob: Float[Array, " k"], old_log_prob: Float[Array, " k"], advant
 
     The weight is clipped, not the update: every token keeps a gradient. Source: MiniMax (2025), "MiniMax-M1".
     """
-    del mask
+    chex.assert_equal_shape([log_prob, old_log_prob, advantage, mask])
     weight = jnp.clip(jnp.exp(log_prob - old_log_prob), 1 - hyper.clip, 1 + hyper.clip_high)
     return -jax.lax.stop_gradient(weight) * advantage * log_prob
 

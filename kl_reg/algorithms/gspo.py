@@ -1,6 +1,7 @@
 """Group sequence policy optimisation."""
 from __future__ import annotations
 
+import chex
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
@@ -15,6 +16,7 @@ def gspo(log_prob: Float[Array, " k"], old_log_prob: Float[Array, " k"], advanta
     All tokens share s, and its gradient flows to all of them: an episode is clipped as a whole.
     Source: Zheng et al. (2025), "Group sequence policy optimization".
     """
+    chex.assert_equal_shape([log_prob, old_log_prob, advantage, mask])
     tokens = jnp.maximum(mask.sum(), 1).astype(log_prob.dtype)
     ratio = jnp.exp(jnp.where(mask, log_prob - old_log_prob, 0.0).sum() / tokens)
     clipped = jnp.clip(ratio, 1 - hyper.clip, 1 + hyper.clip_high)

@@ -1,6 +1,7 @@
 """Proximal policy optimisation, and its clipped loss, which the group methods share."""
 from __future__ import annotations
 
+import chex
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
@@ -15,7 +16,7 @@ def ppo_clip(log_prob: Float[Array, " k"], old_log_prob: Float[Array, " k"], adv
     The gradient is zero where the ratio has left [1 - c, 1 + c_{high}] in the direction that the advantage asks for.
     Source: Schulman et al. (2017); bounds of their own for the two sides: Yu et al. (2025).
     """
-    del mask
+    chex.assert_equal_shape([log_prob, old_log_prob, advantage, mask])
     ratio = jnp.exp(log_prob - old_log_prob)
     clipped = jnp.clip(ratio, 1 - hyper.clip, 1 + hyper.clip_high)
     return -jnp.minimum(ratio * advantage, clipped * advantage)

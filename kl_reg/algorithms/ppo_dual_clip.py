@@ -1,6 +1,7 @@
 """PPO with a bound on what a bad token can cost."""
 from __future__ import annotations
 
+import chex
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
@@ -16,6 +17,7 @@ def dual_clip(log_prob: Float[Array, " k"], old_log_prob: Float[Array, " k"], ad
     PPO's loss has no bound where A < 0 and \rho is large; here the gradient is zero beyond \rho = d > 1.
     Source: Ye et al. (2020), "Mastering complex control in MOBA games with deep reinforcement learning".
     """
+    chex.assert_equal_shape([log_prob, old_log_prob, advantage, mask])
     loss = ppo_clip(log_prob, old_log_prob, advantage, mask, hyper)
     return jnp.where(advantage < 0, jnp.minimum(loss, -hyper.dual_clip * advantage), loss)
 

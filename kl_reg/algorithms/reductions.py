@@ -5,6 +5,7 @@ ignored.
 """
 from __future__ import annotations
 
+import chex
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
@@ -16,6 +17,7 @@ REDUCTIONS = Registry("rl.reduction")
 
 def token_mean(x: Float[Array, "b k"], mask: Bool[Array, "b k"], length: int) -> WeightedMetric:
     """Mean over the tokens of all episodes: a long episode weighs more than a short one. `length` is not used."""
+    chex.assert_equal_shape([x, mask])
     del length
     return WeightedMetric(jnp.where(mask, x, 0.0).sum(), mask.sum().astype(x.dtype))
 
@@ -25,6 +27,7 @@ def sequence_mean(x: Float[Array, "b k"], mask: Bool[Array, "b k"], length: int)
 
     Episodes without a token do not count. `length` is not used.
     """
+    chex.assert_equal_shape([x, mask])
     del length
     tokens = mask.sum(1).astype(x.dtype)
     means = jnp.where(mask, x, 0.0).sum(1) / jnp.maximum(tokens, 1)
@@ -36,6 +39,7 @@ def fixed_length(x: Float[Array, "b k"], mask: Bool[Array, "b k"], length: int) 
 
     Source: Liu et al. (2025), "Understanding R1-Zero-like training".
     """
+    chex.assert_equal_shape([x, mask])
     return WeightedMetric(jnp.where(mask, x, 0.0).sum(), jnp.asarray(len(x) * length, x.dtype))
 
 

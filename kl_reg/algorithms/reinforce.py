@@ -1,6 +1,7 @@
 """REINFORCE, and its loss, which RLOO shares."""
 from __future__ import annotations
 
+import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -17,7 +18,7 @@ def reinforce(log_prob: Float[Array, " k"], old_log_prob: Float[Array, " k"], ad
     return, up to the weights of other tokens; c bounds its variance, at the price of a bias where \rho > c.
     Sources: Williams (1992); Ionides (2008) and Espeholt et al. (2018), "IMPALA", for the truncated weight.
     """
-    del mask
+    chex.assert_equal_shape([log_prob, old_log_prob, advantage, mask])
     weight = jnp.minimum(jnp.exp(log_prob - old_log_prob), hyper.truncation)
     return -jax.lax.stop_gradient(weight) * advantage * log_prob
 

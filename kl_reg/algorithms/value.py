@@ -1,6 +1,7 @@
 """The value head's loss."""
 from __future__ import annotations
 
+import chex
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -12,5 +13,6 @@ def squared_error(value: Float[Array, " k"], old_value: Float[Array, " k"], retu
     The gradient is zero where V has moved towards G by more than c since the batch was recorded. With an infinite c it
     is the plain squared error. Source: the reference implementation of Schulman et al. (2017).
     """
+    chex.assert_equal_shape([value, old_value, returns])
     near = jnp.clip(value, old_value - value_clip, old_value + value_clip)
     return 0.5 * jnp.maximum((value - returns) ** 2, (near - returns) ** 2)

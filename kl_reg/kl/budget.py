@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -39,7 +40,14 @@ def tilt(gap: Float[Array, " v"], allowance: Float[Array, ""], log_base: Float[A
         allowance: nats that this token may cost; infinite: no limit.
         log_base: normalised log-probabilities of the base, a constant.
     """
+    chex.assert_equal_shape([gap, log_base])
     return _tilt(gap, allowance, jax.lax.stop_gradient(log_base))
+
+
+def tilted(log_base: Float[Array, " v"], gap: Float[Array, " v"], allowance: Float[Array, ""]) -> Float[Array, " v"]:
+    """The logits log_base + alpha gap of the tilt that the allowance admits; `gap` may be infinite (`finite`)."""
+    gap = finite(gap)
+    return log_base + tilt(gap, allowance, log_base) * gap
 
 
 def finite(gap: Float[Array, " v"]) -> Float[Array, " v"]:

@@ -126,6 +126,13 @@ class KL(NamedTuple):
     exact: Callable
     exact_in_loss: bool
 
+    @property
+    def differentiated(self) -> tuple[str, ...]:
+        """The terms of a token that a loss may depend on; and in the forward direction its KL, which controllers and
+        metrics read, and which is computed only if it is named."""
+        exact = ("forward_kl",) if self.config.direction == "forward" else ("kl",) * self.exact_in_loss
+        return "log_prob", "entropy", *exact
+
     def label(self) -> str:
         """For plots: what is penalised, where, and a warning where it is not sound."""
         c = self.config

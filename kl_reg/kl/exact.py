@@ -4,6 +4,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -31,6 +32,7 @@ def reverse_kl(log_policy: Float[Array, " v"], log_base: Float[Array, " v"]) -> 
     Args:
         log_policy, log_base: normalised log-probabilities; -inf where a token is impossible.
     """
+    chex.assert_equal_shape([log_policy, log_base])
     return divergence(jnp.exp(log_policy), log_policy - log_base, jnp.exp(log_base))
 
 
@@ -132,6 +134,7 @@ def token_terms(logits: Float[Array, " v"], log_base: Float[Array, " v"], action
         action: the token that was drawn.
         forward: whether D(beta || pi) is wanted (static); infinite where the policy excludes a token of the base.
     """
+    chex.assert_equal_shape([logits, log_base])
     log_base = jax.lax.stop_gradient(log_base)
     log_prob, kl, entropy = _terms(logits, log_base, action)
     forward_kl = _forward_kl(logits, log_base) if forward else jnp.zeros_like(kl)

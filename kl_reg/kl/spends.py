@@ -4,54 +4,77 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
+from jax.scipy.special import gammaln, xlog1py, xlogy
 from jaxtyping import Array, Float, Int
 
 from kl_reg.registry import Registry
 
 
 class Spend(NamedTuple):
-    """A way to spend the budget, of one token.
+    """A way to spend the budget on one token; `neuron` is the output of the budget neuron, in (0, 1).
 
-    fraction(neuron, action, tokens) -> the budget fraction, from the output of the budget neuron, the fraction that was
-    drawn with that probability (0 where none is) and the tokens that are left in the episode, this one included.
-
-    `drawn` is True where the fraction is an action of the policy beside the token. It has a log-probability then, it
-    decides what the token's D(pi || beta) is, and the ledger is charged the whole allowance.
+    fraction(neuron, drawn, tokens) -> the budget fraction, where so many tokens are left in the episode, this one
+        included.
+    draw(neuron, key) -> a fraction that is an action of the policy beside the token; 0 where none is drawn.
+    log_prob(neuron, drawn) -> the log-probability of that action; 0 where none is drawn.
+    charge(kl, allowance) -> nats that the ledger is charged for a token with this exact KL and allowance, the
+        reference's floor included in both.
     """
 
     fraction: Callable
-    drawn: bool = False
+    draw: Callable = lambda neuron, key: jnp.zeros_like(neuron)
+    log_prob: Callable = lambda neuron, drawn: jnp.zeros_like(neuron)
+    charge: Callable = lambda kl, allowance: kl
 
 
-SPENDS = Registry("kl.spend", of=Spend)
+SPENDS = Registry("kl.spend", drawn=False)
+"""Functions of `policy.spend_levels` that give a `Spend`. `drawn`: the fraction is an action with a log-probability. It
+decides what the token's D(pi || beta) is, and the ledger is charged the whole allowance."""
 
 
-def neuron(neuron: Float[Array, ""], action: Float[Array, ""], tokens: Int[Array, ""]) -> Float[Array, ""]:
+def neuron(levels: int) -> Spend:
     """The budget neuron's output, as in the paper."""
-    del action, tokens
-    return neuron
+    del levels
+    return Spend(lambda neuron, drawn, tokens: neuron)
 
 
-def sampled(neuron: Float[Array, ""], action: Float[Array, ""], tokens: Int[Array, ""]) -> Float[Array, ""]:
-    """The fraction that was drawn."""
-    del neuron, tokens
-    return action
+def sampled(levels: int) -> Spend:
+    """Binomial(levels, neuron) / levels, drawn: what remains then depends on recorded actions alone."""
+    def inside(neuron):
+        """Away from 0 and 1, where a log-probability has no derivative."""
+        return jnp.clip(neuron, 1e-6, 1 - 1e-6)
+
+    def draw(neuron: Float[Array, ""], key: Array) -> Float[Array, ""]:
+        uniform = jax.random.uniform(jax.random.fold_in(key, 1), (levels,))
+        return (uniform < jnp.broadcast_to(inside(neuron), uniform.shape)).mean()
+
+    def log_prob(neuron: Float[Array, ""], drawn: Float[Array, ""]) -> Float[Array, ""]:
+        count, neuron = jnp.round(drawn * levels), inside(neuron)
+        ways = gammaln(levels + 1.0) - gammaln(count + 1) - gammaln(levels - count + 1)
+        return ways + xlogy(count, neuron) + xlog1py(levels - count, -neuron)
+
+    return Spend(lambda neuron, drawn, tokens: drawn, draw, log_prob, lambda kl, allowance: allowance)
 
 
-def greedy(neuron: Float[Array, ""], action: Float[Array, ""], tokens: Int[Array, ""]) -> Float[Array, ""]:
+def greedy(levels: int) -> Spend:
     """All of the remaining budget."""
-    del action, tokens
-    return jnp.ones_like(neuron)
+    del levels
+    return Spend(lambda neuron, drawn, tokens: jnp.ones_like(neuron))
 
 
-def uniform(neuron: Float[Array, ""], action: Float[Array, ""], tokens: Int[Array, ""]) -> Float[Array, ""]:
+def uniform(levels: int) -> Spend:
     """An even share of the remaining budget for each token to come."""
-    del neuron, action
-    return 1 / tokens.astype(jnp.float32)
+    del levels
+
+    def fraction(neuron: Float[Array, ""], drawn: Float[Array, ""], tokens: Int[Array, ""]) -> Float[Array, ""]:
+        return 1 / tokens.astype(jnp.float32)
+
+    return Spend(fraction)
 
 
-SPENDS.register("neuron", Spend(neuron))
-SPENDS.register("sampled", Spend(sampled, drawn=True))
-SPENDS.register("greedy", Spend(greedy))
-SPENDS.register("uniform", Spend(uniform))
+SPENDS.register("neuron", neuron)
+SPENDS.register("sampled", sampled, drawn=True)
+SPENDS.register("greedy", greedy)
+SPENDS.register("uniform", uniform)

@@ -17,9 +17,12 @@ from kl_reg import storage, validation
 from kl_reg.models import decoder
 from kl_reg.planning import flops
 from kl_reg.pretrained import families, folders, hf_config, quantize, weights
+from kl_reg.program import Program
 from kl_reg.runs import directory as run_directory
 from kl_reg.sampling import rollout
-from kl_reg.training import member_groups, program, scoring
+from kl_reg.training import member_groups, scoring
+from kl_reg.training.build import build
+from kl_reg.training.compile import compile_program
 from kl_reg.types import Episodes, Frozen, Hyper, Openings, TrainState
 
 PUBLISHED = pathlib.Path(__file__).parent / "published.json"
@@ -48,7 +51,7 @@ class Abstract(NamedTuple):
     members: list[int]
     seeds: int
     config: ConfigDict
-    program: program.Program
+    program: Program
     shapes: decoder.DecoderConfig
     frozen: Frozen
     hyper: Hyper
@@ -74,21 +77,21 @@ def programs(config: ConfigDict, scratch: pathlib.Path) -> list[Abstract]:
 
 def _traced(built, state, hyper, frozen) -> tuple[Stream, dict[str, float]]:
     """What an iteration passes on, and its operations."""
-    count, run = state.seed.shape[0], program.compile_program(built)
+    count, run = state.seed.shape[0], compile_program(built)
     keys, first = jax.eval_shape(rollout.member_keys, state.seed, state.iteration), _integers(count)
-    draw = run.draw.trace(state.params, state.reference, hyper, frozen, keys, first, group=built.group)
+    draw = run.draw.trace(state.params, state.reference, hyper, frozen, keys, first, group=built.algorithm.group)
     episodes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), draw.out_info)
 
     def begin(state, hyper, frozen, keys, first):
-        keys = rollout.episode_keys(keys, first, built.episodes)
-        chosen = rollout.choose_openings(built.env.openings, keys)
+        keys = rollout.episode_keys(keys, first, built.schedule.episodes)
+        chosen = rollout.choose_openings(built.task.env.openings, keys)
         return rollout.begin(built, state.params, state.reference, frozen, scoring.caps_of(hyper), keys, chosen,
-                             built.sharing(built.group))[2]
+                             rollout.shared_openings(built, built.algorithm.group))[2]
 
     carry = jax.eval_shape(begin, state, hyper, frozen, keys, first)
-    rewards = jax.ShapeDtypeStruct((count, built.episodes, built.env.length), jnp.float32)
+    rewards = jax.ShapeDtypeStruct((count, built.schedule.episodes, built.task.env.length), jnp.float32)
     update = run.update.trace(state, hyper, frozen, episodes, rewards)
-    work = {name: flops.count(traced.jaxpr.jaxpr, built.env.length)
+    work = {name: flops.count(traced.jaxpr.jaxpr, built.task.env.length)
             for name, traced in (("rollout", draw), ("update", update))}
     return Stream(keys, first, episodes, rewards, (carry.policy, carry.reference, carry.student)), work
 
@@ -107,11 +110,12 @@ def _abstract(group, guessed) -> Abstract:
         reference, start, _ = member_groups.load_reference(paths)
     elif paths:
         reference = _stacked(_weights(paths[0]).params, len(paths))
-    built = program.build(statics[0], base, start)._replace(cpu=False)          # what is planned for is no CPU
+    built = build(statics[0], base, start, cpu=False)
     if guessed:
-        built = built._replace(env=built.env._replace(openings=_openings(**guessed)))
+        env = built.task.env._replace(openings=_openings(**guessed))
+        built = built._replace(task=built.task._replace(env=env))
     hyper = jax.tree.map(lambda x: jax.ShapeDtypeStruct((len(group),), x.dtype), hypers[0])
-    state = jax.eval_shape(program.compile_program(built).init, base.params, _integers(len(seeds)), hyper)
+    state = jax.eval_shape(compile_program(built).init, base.params, _integers(len(seeds)), hyper)
     frozen = Frozen(base.params, reference, student.params if student else ())
     return Abstract(numbers, len(set(seeds)), config, built, base.config, frozen, hyper, state,
                     *_traced(built, state, hyper, frozen), guessed["tokens"] if guessed else 0)

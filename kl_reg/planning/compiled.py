@@ -11,7 +11,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from kl_reg.planning import hlo
 from kl_reg.planning.abstract import Abstract
 from kl_reg.sharding import mesh as meshes
-from kl_reg.training import program
+from kl_reg.training.compile import compile_program
 
 STAGES = ("rollout", "update")
 
@@ -82,7 +82,7 @@ def resident(abstract: Abstract, given: Arguments, mesh: Mesh | AbstractMesh) ->
 
 def _cache(abstract, mesh):
     """Rows over the axes of episodes, heads over "tensor"."""
-    rows = len(abstract.members) * abstract.program.episodes
+    rows = len(abstract.members) * abstract.program.schedule.episodes
 
     def own(x):
         axes = (meshes.ROWS if x.shape[0] == rows else None, "tensor")
@@ -94,10 +94,10 @@ def _cache(abstract, mesh):
 
 def compile_stage(name: str, abstract: Abstract, given: Arguments, mesh: Mesh) -> Stage:
     """Compiles rollout or update."""
-    run = program.compile_program(abstract.program, mesh)
+    run = compile_program(abstract.program, mesh)
     if name == "rollout":
         traced = run.draw.trace(given.state.params, given.state.reference, given.hyper, given.frozen, given.keys,
-                                given.first, group=abstract.program.group)
+                                given.first, group=abstract.program.algorithm.group)
     else:
         traced = run.update.trace(given.state, given.hyper, given.frozen, given.episodes, given.rewards)
     try:

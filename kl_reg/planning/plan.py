@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from kl_reg.planning import abstract, compiled, estimate
 from kl_reg.planning.accelerators import GIB, Topology
 from kl_reg.sharding import mesh as meshes
+from kl_reg.training.compile import check_mesh
 
 
 class StagePlan(NamedTuple):
@@ -88,7 +89,7 @@ def make(programs: list[abstract.Abstract], settings: ConfigDict, topology: Topo
         raise ValueError(f"parallel.slices={settings.slices}: {topology.name} has {topology.slices}")
     mesh = meshes.mesh_of(settings, topology.devices)
     for own in programs:
-        meshes.check(own.program, settings.mode, len(own.members), own.shapes.experts, mesh)
+        check_mesh(own.program, settings.mode, len(own.members), own.shapes.experts, mesh)
     given = [compiled.arguments(own, mesh) for own in programs]
     kept = [compiled.resident(own, args, mesh) for own, args in zip(programs, given, strict=True)]
     states = sum(own.params + own.optimizer + own.other for own in kept)

@@ -32,7 +32,7 @@ def candidates(programs: list[Abstract], topology: Topology) -> list[dict[str, i
     """All that divide the members, episodes, heads and experts that there are; slices lie on member or data."""
     shapes, out = programs[0].shapes, []
     members = math.gcd(*(len(own.members) for own in programs))
-    rows = math.gcd(*(own.program.episodes // own.program.minibatches // own.program.accumulate for own in programs))
+    rows = math.gcd(*(own.program.schedule.rows for own in programs))
     columns = math.gcd(shapes.mlp_width, shapes.heads * shapes.head_width)
     bounds = {"member": members, "tensor": columns, "expert": max(shapes.experts, 1)}
     divisors = [size for size in range(1, topology.count + 1) if topology.count % size == 0]
@@ -70,7 +70,7 @@ def guess(programs: list[Abstract], axes: dict[str, int], topology: Topology) ->
 
 def _rows(own, axes):
     """Of the trunk's batch, on a device."""
-    return len(own.members) * own.program.episodes / (axes["member"] * axes["data"] * axes["fsdp"])
+    return len(own.members) * own.program.schedule.episodes / (axes["member"] * axes["data"] * axes["fsdp"])
 
 
 def _trains_trunk(own):
@@ -79,12 +79,12 @@ def _trains_trunk(own):
 
 def _most(own, resident, axes):
     """Beside what stays: the rollout's cache, copied weights and logits; the update's gradients and activations."""
-    shapes, built = own.shapes, own.program
+    shapes, schedule, length = own.shapes, own.program.schedule, own.program.task.env.length
     vocabulary, item = 4 * shapes.vocab, jax.numpy.dtype(shapes.dtype).itemsize
     logits = 6 * _rows(own, axes) * vocabulary
-    rollout = resident.cache + resident.episodes + built.copies * _copies(own, resident) + logits
-    read = min(built.entries, _rows(own, axes) * built.env.length * shapes.vocab) * 4 / axes["tensor"]
-    tokens = _rows(own, axes) / built.minibatches / built.accumulate * built.env.length
+    rollout = resident.cache + resident.episodes + own.program.execution.copies * _copies(own, resident) + logits
+    read = min(own.program.execution.chunk, _rows(own, axes) * length * shapes.vocab) * 4 / axes["tensor"]
+    tokens = _rows(own, axes) / schedule.minibatches / schedule.accumulate * length
     numbers = shapes.width if own.config.model.remat else 8 * shapes.width + 3 * shapes.mlp_width / axes["tensor"]
     activations = tokens * item * numbers * shapes.layers if _trains_trunk(own) else 0.0
     return max(rollout, resident.episodes + resident.params + read + activations)
@@ -97,7 +97,7 @@ def _copies(own, resident):
 
 
 def _rollout(own, resident, axes, topology):
-    chip, shapes, length = topology.accelerator, own.shapes, own.program.env.length
+    chip, shapes, length = topology.accelerator, own.shapes, own.program.task.env.length
     gathered = _copies(own, resident) * axes["fsdp"]
     memory = length * (gathered + resident.cache / 2)
     payload = _rows(own, axes) * shapes.width * jax.numpy.dtype(shapes.dtype).itemsize
@@ -107,15 +107,15 @@ def _rollout(own, resident, axes, topology):
 
 
 def _update(own, resident, axes, topology):
-    chip, shapes, built = topology.accelerator, own.shapes, own.program
-    steps, divided = built.epochs * built.minibatches, axes["data"] * axes["fsdp"]
-    trunk = 3 * built.accumulate * resident.frozen * axes["fsdp"] if _trains_trunk(own) else 0.0
+    chip, shapes, schedule = topology.accelerator, own.shapes, own.program.schedule
+    steps, divided = schedule.epochs * schedule.minibatches, axes["data"] * axes["fsdp"]
+    trunk = 3 * schedule.accumulate * resident.frozen * axes["fsdp"] if _trains_trunk(own) else 0.0
     memory = steps * (trunk + 3 * resident.params + 2 * resident.optimizer)
-    payload = _rows(own, axes) * built.env.length * shapes.width * jax.numpy.dtype(shapes.dtype).itemsize
+    payload = _rows(own, axes) * own.program.task.env.length * shapes.width * jax.numpy.dtype(shapes.dtype).itemsize
     sums = steps * _ring(topology, 2 * resident.params, divided)
     if _trains_trunk(own):
-        sums += built.epochs * 4 * shapes.layers * _ring(topology, 2 * payload, axes["tensor"] * axes["expert"])
-        sums += 3 * steps * built.accumulate * _ring(topology, resident.frozen * axes["fsdp"], axes["fsdp"])
+        sums += schedule.epochs * 4 * shapes.layers * _ring(topology, 2 * payload, axes["tensor"] * axes["expert"])
+        sums += 3 * steps * schedule.accumulate * _ring(topology, resident.frozen * axes["fsdp"], axes["fsdp"])
     return estimate.Times(own.flops["update"] / topology.count / chip.flops, memory / chip.bandwidth, sums)
 
 

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from kl_reg.policies.interface import VALUE, unlabelled
+
 
 class Situation(NamedTuple):
     """What the agent knows beside the transcript: nats that the next token may cost, the part of the budget that is
@@ -44,6 +46,13 @@ class Scalars(nn.Module):
         neuron = nn.Dense(1, kernel_init=nn.initializers.zeros, bias_init=bias, name="spend")
         spend = neuron(nn.silu(nn.Dense(self.hidden, name="spend_hidden")(x)))[..., 0]
         return value, jax.nn.sigmoid(spend)
+
+
+def labels(params) -> dict:
+    """The label of each parameter of a policy with `Scalars` under that name."""
+    own = unlabelled(params)
+    value = {name: jax.tree.map(lambda _: VALUE, own["scalars"][name]) for name in ("value", "value_hidden")}
+    return own | {"scalars": own["scalars"] | value}
 
 
 class Actor(nn.Module):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from kl_reg.models import decoder
-from kl_reg.policies.actor import Scalars, Situation
+from kl_reg.policies.actor import Scalars, Situation, labels
 from kl_reg.policies.interface import Alone, Factored, Policy, Reading, States, before, flat
 from kl_reg.sharding.batching import over_members
 from kl_reg.sharding.mesh import EPISODES
@@ -106,7 +106,7 @@ def beside_base(config, settings, model: Finetuned) -> Policy:
     return Policy(init, prefill, decode, refresh, reread, read, relative=False, shared=False,
                   factored=Factored(states, table, model.trained, config.logit_cap),
                   alone=Alone(prefill_alone, decode_alone, logits_alone, complete, speaks=False),
-                  apart=lambda params: params | {model.name: model.apart(params[model.name])})
+                  apart=lambda params: params | {model.name: model.apart(params[model.name])}, labels=labels)
 
 
 def full(config: decoder.DecoderConfig, settings) -> Policy:

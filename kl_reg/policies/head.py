@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from kl_reg.models import decoder
-from kl_reg.policies.actor import Actor, Scalars, Situation
+from kl_reg.policies.actor import Actor, Scalars, Situation, labels
 from kl_reg.policies.interface import Alone, Factored, Policy, Reading, States, before, flat
 
 
@@ -66,4 +66,4 @@ def head(config: decoder.DecoderConfig, settings) -> Policy:
 
     factored = Factored(states, lambda params, base: decoder.unembedding(base), False, config.logit_cap)
     return Policy(init, prefill, decode, refresh, reread, read, relative=True, shared=True, factored=factored,
-                  alone=Alone(prefill, decode, logits_alone, complete, speaks=True))
+                  alone=Alone(prefill, decode, logits_alone, complete, speaks=True), labels=labels)

@@ -5,11 +5,19 @@ Axis names: m members, b episodes, k agent tokens. A policy's parameters have a 
 """
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
+
+POLICY, VALUE = "policy", "value"
+"""Labels of parameters: the value head may have a learning rate of its own."""
+
+
+def unlabelled(params):
+    """All parameters are the policy's: it has no value head."""
+    return jax.tree.map(lambda _: POLICY, params)
 
 
 class Reading(NamedTuple):
@@ -35,63 +43,124 @@ class States(NamedTuple):
 class Factored(NamedTuple):
     """A policy whose logits are products of hidden states and a table, so that they need not be formed all at once.
 
-    states(params, base, features, situation) -> States.
-    table(params, base) -> [v, d], that turns `States.policy` into logits; the base's own is `decoder.unembedding`.
-    trained: whether that table is trained.
-    cap: logits are cap * tanh(logit / cap), but not the change of a relative policy; None: as they are.
+    `trained`: the table is trained. `cap`: logits are cap * tanh(logit / cap), but not the change of a relative policy;
+    None: as they are.
     """
 
-    states: Callable
-    table: Callable
+    states: StatesOf
+    table: Table
     trained: bool
     cap: float | None
 
 
 class Alone(NamedTuple):
     """A policy that draws tokens with no more than that takes, and is compared with the base afterwards, on whole
-    transcripts. Not for budgets.
+    transcripts. Not for budgets. The features that `decode` gives may lack the base's part; the policy `speaks` for
+    the base where it can give the base's logits too."""
 
-    prefill, decode: as a Policy's; the features may lack the base's part.
-    logits(params, base, features [b, ...], situation, agent [b]) -> [b, v], of one member; where it is not the agent's
-        turn the base's, if the policy `speaks` for it.
-    complete(base, features [m, b, k, ...], transcript [m, b, ...], slot [m, b, k], group) -> the features of a Policy.
-    """
-
-    prefill: Callable
-    decode: Callable
-    logits: Callable
-    complete: Callable
+    prefill: Prefill
+    decode: Decode
+    logits: LogitsAlone
+    complete: Complete
     speaks: bool
 
 
 class Policy(NamedTuple):
     """Pure functions of (params, base, ...); `base` holds the frozen base parameters.
 
-    init(key, base) -> params of one member.
-    prefill(params, base, tokens [n, t], start [n], chosen [m, g], slots, group) -> state: the caches of `group`
-        episodes behind each of the chosen openings, of n that there are.
-    decode(params, base, token [m, b], start, index, state) -> (features, state).
-    refresh(params, base, episodes, group) -> features [b, k, ...], those parts recomputed that depend on params;
-        `group` episodes in a row have the same opening.
-    reread(params, base, transcript, slot) -> features [b, k, ...] of any transcript, before the tokens in slot [b, k].
-    read(params, base, features [..., ...], situation) -> Reading.
-    relative: whether the gap is a change of any reference's logits; else base_logits + gap are logits on their own.
-    shared: whether the features are the frozen base's alone, so that two policies of this kind read the same.
-    factored, alone: None for policies that cannot.
-    apart(params m) -> params as `decode` reads them the fastest (`decoder.apart`).
+    `relative`: the gap is a change of any reference's logits; else base_logits + gap are logits on their own. `shared`:
+    the features are the frozen base's alone, so that two policies of this kind read the same. `factored` and `alone`
+    are None for policies that cannot.
     """
 
-    init: Callable
-    prefill: Callable
-    decode: Callable
-    refresh: Callable
-    reread: Callable
-    read: Callable
+    init: Init
+    prefill: Prefill
+    decode: Decode
+    refresh: Refresh
+    reread: Reread
+    read: Read
     relative: bool
     shared: bool
     factored: Factored | None = None
     alone: Alone | None = None
-    apart: Callable = lambda params: params
+    apart: Apart = lambda params: params
+    labels: Labels = unlabelled
+
+
+class Init(Protocol):
+    """Parameters of one member."""
+
+    def __call__(self, key: Array, base) -> object: ...
+
+
+class Prefill(Protocol):
+    """The caches of `group` episodes behind each of the chosen openings [m, g], of n that there are."""
+
+    def __call__(self, params, base, tokens: Int[Array, "n t"], start: Int[Array, " n"], chosen: Int[Array, "m g"],
+                 slots: int, group: int = 1) -> object: ...
+
+
+class Decode(Protocol):
+    """(features [m, b, ...], state) behind one more token of each episode."""
+
+    def __call__(self, params, base, token: Int[Array, "m b"], start: Int[Array, "m b"], index: Int[Array, ""], state
+                 ) -> tuple[object, object]: ...
+
+
+class Refresh(Protocol):
+    """Features [b, k, ...], those parts recomputed that depend on params; `group` episodes in a row have the same
+    opening."""
+
+    def __call__(self, params, base, episodes, group: int = 1) -> object: ...
+
+
+class Reread(Protocol):
+    """Features [b, k, ...] of any transcript, before the tokens in these slots."""
+
+    def __call__(self, params, base, transcript, slot: Int[Array, "b k"]) -> object: ...
+
+
+class Read(Protocol):
+    """What the policy says of the next token, from features [..., ...]."""
+
+    def __call__(self, params, base, features, situation) -> Reading: ...
+
+
+class StatesOf(Protocol):
+    """Hidden states in place of logits, from features [..., ...]."""
+
+    def __call__(self, params, base, features, situation) -> States: ...
+
+
+class Table(Protocol):
+    """The unembedding [v, d] that turns `States.policy` into logits; the base's own is `decoder.unembedding`."""
+
+    def __call__(self, params, base) -> Float[Array, "v d"]: ...
+
+
+class LogitsAlone(Protocol):
+    """Logits [b, v] of one member's episodes; where it is not the agent's turn the base's, if the policy speaks for it.
+    """
+
+    def __call__(self, params, base, features, situation, agent: Bool[Array, " b"]) -> Float[Array, "b v"]: ...
+
+
+class Complete(Protocol):
+    """The features of a Policy, from those that the policy alone has recorded [m, b, k, ...]."""
+
+    def __call__(self, base, features, transcript, slot: Int[Array, "m b k"], group: int = 1) -> object: ...
+
+
+class Apart(Protocol):
+    """Parameters [m, ...] as `decode` reads them the fastest (`decoder.apart`)."""
+
+    def __call__(self, params) -> object: ...
+
+
+class Labels(Protocol):
+    """The label of each parameter, POLICY or VALUE."""
+
+    def __call__(self, params) -> object: ...
 
 
 def flat(x: Array) -> Array:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -46,6 +47,7 @@ def posterior(log_weights: Float[Array, " n"], log_likelihood: Float[Array, " n"
     Returns:
         Normalised log-weights.
     """
+    chex.assert_equal_shape([log_weights, log_likelihood])
     joint = log_weights + log_likelihood
     return jax.nn.log_softmax(jnp.where(jnp.isneginf(joint).all(), log_weights, joint))
 
@@ -60,6 +62,7 @@ def mixture(log_probs: Float[Array, "n v"], log_weights: Float[Array, " n"]) -> 
         log_probs: of each imitator, -inf where a token is impossible.
         log_weights: normalised.
     """
+    chex.assert_equal_shape_prefix([log_probs, log_weights], 1)
     return jax.nn.logsumexp(log_probs + log_weights[:, None], axis=0)
 
 
@@ -104,6 +107,7 @@ def pessimistic(log_probs: Float[Array, "n v"], members: Bool[Array, " n"]) -> S
         log_probs: of each imitator, normalised, -inf where a token is impossible.
         members: who is in M^alpha; the others are ignored.
     """
+    chex.assert_equal_shape_prefix([log_probs, members], 1)
     lowest = jnp.where(members[:, None], log_probs, jnp.inf).min(axis=0)
     agree = members.any() & (lowest > -jnp.inf).any()
     log_mass = jnp.where(agree, jnp.minimum(jax.nn.logsumexp(lowest), 0.0), -jnp.inf)      # rounding may exceed 0

@@ -103,7 +103,8 @@ class Checkpoints:
             for step in steps(self._store)[-1:]:
                 storage.copy_tree(self._store / str(step), folder / str(step))
         options = ocp.CheckpointManagerOptions(max_to_keep=keep)
-        self._folder, self._manager = folder, ocp.CheckpointManager(storage.absolute(folder), options=options)
+        self._folder, self._manager = folder, ocp.CheckpointManager(
+            storage.absolute(folder), options=options, item_handlers=_handlers())
 
     def save(self, iteration: int, states: list) -> None:
         """Takes a copy and returns; the states may be donated afterwards."""
@@ -121,7 +122,10 @@ class Checkpoints:
         latest = self._manager.latest_step()
         if latest is None:
             return states
-        return self._manager.restore(latest, args=ocp.args.Composite(state=ocp.args.StandardRestore(states))).state
+        stored = self._manager.item_metadata(latest).state
+        targets = [_with_leaves(state, own["opt_state"]) for state, own in zip(states, stored, strict=True)]
+        found = self._manager.restore(latest, args=ocp.args.Composite(state=ocp.args.StandardRestore(targets))).state
+        return [_with_leaves(own, state.opt_state) for own, state in zip(found, states, strict=True)]
 
     def close(self) -> None:
         """Waits for what is being written."""
@@ -131,6 +135,16 @@ class Checkpoints:
             self._scratch.cleanup()
 
 
+def _handlers():
+    return {"state": ocp.StandardCheckpointHandler(), "config": ocp.JsonCheckpointHandler()}
+
+
+def _with_leaves(state, shape):
+    """The state with the optimizer's arrays in a tree of that shape. Their order is what a checkpoint promises: which
+    transformation of the chain holds them is this version's choice."""
+    return state._replace(opt_state=jax.tree.unflatten(jax.tree.structure(shape), jax.tree.leaves(state.opt_state)))
+
+
 def read(folder: storage.Path, iteration: int) -> list:
     """The states of a checkpoint, on the host."""
     with contextlib.ExitStack() as stack:
@@ -138,8 +152,7 @@ def read(folder: storage.Path, iteration: int) -> list:
             scratch = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kl_reg-")))
             storage.copy_tree(folder / str(iteration), scratch / str(iteration))
             folder = scratch
-        handlers = {"state": ocp.StandardCheckpointHandler(), "config": ocp.JsonCheckpointHandler()}
-        manager = ocp.CheckpointManager(storage.absolute(folder), item_handlers=handlers)
+        manager = ocp.CheckpointManager(storage.absolute(folder), item_handlers=_handlers())
         here = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), manager.item_metadata(iteration).state)
         stored = manager.restore(iteration, args=ocp.args.Composite(state=ocp.args.StandardRestore(here))).state
         manager.close()

@@ -1,102 +1,55 @@
-"""One token of the agent: from readings of policy and reference to the distribution it is drawn from, and its cost.
-
-Sampler and scorer both read this, so that what is trained is what was sampled. Pure functions of one row; `program` is
-static (`kl_reg.training.program.Program`).
-"""
+"""Drawing one token of one row: which tokens may be drawn, the student's distribution, and the draw itself."""
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.scipy.special import gammaln, xlog1py, xlogy
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from kl_reg.kl.budget import finite, tilt
-from kl_reg.kl.exact import TokenTerms, token_terms
-from kl_reg.kl.spends import SPENDS
-from kl_reg.references.interface import Measure
+from kl_reg.sharding.constraints import constrain
+from kl_reg.types import Sampling
 
-
-class Choice(NamedTuple):
-    """The distribution of one token: the policy's logits, and the reference's log-probabilities on the tokens that can
-    be drawn. `allowance` is what the budget lets it cost above the floor, nats."""
-
-    logits: Float[Array, " v"]
-    log_ref: Float[Array, " v"]
-    floor: Float[Array, ""]
-    allowance: Float[Array, ""]
+_BLOCK = 64
 
 
-def constrain(program, measure: Measure, kept: UInt8[Array, " w"] | None, left: Float[Array, ""],
-              part: Float[Array, ""]) -> Choice:
-    """With a budget, the proposal is tilted so far that the token costs `part` of what is left above the floor.
-
-    Args:
-        kept: the tokens that can be drawn, a bit each (`pack`); None: all.
-        left: nats that the budget has left for this token.
-    """
-    log_ref, gap = measure.log_probs, measure.gap
-    if kept is not None:
-        keep = jnp.unpackbits(kept, count=len(log_ref)).astype(bool)
-        log_ref, gap = truncate(log_ref, keep), jnp.where(keep, gap, 0.0)
-    if not program.constrained:
-        return Choice(log_ref + gap, log_ref, measure.floor, jnp.zeros(()))
-    allowance, gap = part * jnp.maximum(left - measure.floor, 0.0), finite(gap)
-    return Choice(log_ref + tilt(gap, allowance, log_ref) * gap, log_ref, measure.floor, allowance)
-
-
-def pack(program, log_probs: Float[Array, " v"]) -> UInt8[Array, " w"] | None:
+def pack(sampling: Sampling, log_probs: Float[Array, " v"]) -> UInt8[Array, " w"] | None:
     """The tokens that the reference lets through, a bit each; None where nothing is truncated."""
-    return jnp.packbits(program.sampling.keep(log_probs)) if program.sampling.truncates else None
+    return jnp.packbits(sampling.keep(log_probs)) if sampling.truncates else None
 
 
-def truncate(log_probs: Float[Array, " v"], keep) -> Float[Array, " v"]:
-    """Renormalised on the tokens to keep."""
-    return jax.nn.log_softmax(jnp.where(keep, log_probs, -jnp.inf))
+def unpack(allowed: UInt8[Array, " w"], vocabulary: int) -> Bool[Array, " v"]:
+    """The tokens that `pack` let through."""
+    return jnp.unpackbits(allowed, count=vocabulary).astype(bool)
 
 
-def student_log_probs(program, logits: Float[Array, " v"]) -> Float[Array, " v"]:
-    """The student as it is sampled."""
-    log_probs = jax.nn.log_softmax(logits / program.sampling.temperature)
-    return truncate(log_probs, program.sampling.keep(log_probs)) if program.sampling.truncates else log_probs
+def truncate(log_probs: Float[Array, " v"], allowed: Bool[Array, " v"]) -> Float[Array, " v"]:
+    """Log-probabilities renormalised on the allowed tokens."""
+    return jax.nn.log_softmax(jnp.where(allowed, log_probs, -jnp.inf))
 
 
-def terms_of(program, choice: Choice, action: Int[Array, ""]) -> tuple[TokenTerms, Float[Array, ""]]:
-    """What a token is to training, the reference's floor included; and what the ledger is charged for it, nats."""
-    terms = token_terms(choice.logits, choice.log_ref, action, program.kl.config.direction == "forward")
-    terms = terms._replace(log_ratio=terms.log_ratio + choice.floor, kl=terms.kl + choice.floor)
-    return terms, choice.allowance + choice.floor if SPENDS[program.spend].drawn else terms.kl
+def student_log_probs(sampling: Sampling, logits: Float[Array, " v"]) -> Float[Array, " v"]:
+    """The student's distribution as it is sampled."""
+    log_probs = jax.nn.log_softmax(logits / sampling.temperature)
+    return truncate(log_probs, sampling.keep(log_probs)) if sampling.truncates else log_probs
 
 
-def _inside(spend):
-    """Away from 0 and 1, where a log-probability has no derivative."""
-    return jnp.clip(spend, 1e-6, 1 - 1e-6)
+def inverse_cdf(log_probs: Float[Array, " v"], uniform: Float[Array, ""]) -> Int[Array, ""]:
+    """Draws from one row with one uniform in [0, 1): the first token whose cumulative probability exceeds it.
 
-
-def draw_part(program, spend: Float[Array, ""], key: Array) -> Float[Array, ""]:
-    """The part of the budget as an action: Binomial(levels, spend) / levels; 0 where it is none."""
-    if not SPENDS[program.spend].drawn:
-        return jnp.zeros_like(spend)
-    uniform = jax.random.uniform(jax.random.fold_in(key, 1), (program.levels,))
-    return (uniform < jnp.broadcast_to(_inside(spend), uniform.shape)).mean()
-
-
-def part_log_prob(program, spend: Float[Array, ""], drawn: Float[Array, ""]) -> Float[Array, ""]:
-    """log-probability of that action."""
-    if not SPENDS[program.spend].drawn:
-        return jnp.zeros_like(spend)
-    count, spend = jnp.round(drawn * program.levels), _inside(spend)
-    ways = gammaln(program.levels + 1.0) - gammaln(count + 1) - gammaln(program.levels - count + 1)
-    return ways + xlogy(count, spend) + xlog1py(program.levels - count, -spend)
-
-
-def part_of(program, spend: Float[Array, ""], drawn: Float[Array, ""], position: Int[Array, ""]) -> Float[Array, ""]:
-    """The part of what is left that the token may cost.
+    Two levels, blocks and then tokens within one, because a cumulative sum over the vocabulary costs more than the
+    softmax. A token of probability zero is never drawn.
 
     Args:
-        spend: the budget neuron.
-        drawn: of `draw_part`.
-        position: tokens of the episode before this one, whoever wrote them.
+        log_probs: up to a constant, but near enough to 0 that no exponential overflows.
     """
-    return SPENDS[program.spend].fraction(spend, drawn, jnp.maximum(program.env.length - position, 1))
+    vocab, log_probs = log_probs.shape[0], constrain(log_probs, None)      # XLA cannot cut a divided one into blocks
+    rows = jnp.pad(log_probs, (0, -vocab % _BLOCK), constant_values=-jnp.inf).reshape(-1, _BLOCK)
+    blocks = jnp.cumsum(jnp.exp(rows).sum(1))
+    target = uniform * blocks[-1]
+    block = _first_above(blocks, target)
+    inner = jnp.cumsum(jnp.exp(rows[block]))
+    return block * _BLOCK + _first_above(inner, target - jnp.where(block > 0, blocks[block - 1], 0.0))
+
+
+def _first_above(cumulative, target):
+    """First index whose cumulative value exceeds the target; where rounding leaves none, the last that adds to it."""
+    return jnp.minimum((cumulative <= target).sum(), (cumulative < cumulative[-1]).sum())

@@ -15,7 +15,7 @@ from functools import partial
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
@@ -101,32 +101,6 @@ def describe(mesh: Mesh, params, states: Sequence) -> str:
     for state in states:
         notes |= dict.fromkeys(undivided(state, STATE, mesh, lead=("member",)))
     return "\n".join([f"mesh: {axes}" + f"; {jax.process_count()} processes" * (jax.process_count() > 1), *notes])
-
-
-def check(program, mode: str, members: int, experts: int, mesh: Mesh | AbstractMesh) -> None:
-    """Whether a program's members and episodes can be divided over the mesh.
-
-    Args:
-        experts: of the base model; 0: it is no mixture.
-
-    Raises:
-        ValueError: names the setting.
-    """
-    if members % mesh.shape["member"]:
-        raise ValueError(f"parallel.member={mesh.shape['member']} must divide the members of each program of a sweep; "
-                         f"one has {members}")
-    devices = math.prod(mesh.shape[axis] for axis in EPISODES)
-    rows = program.episodes // program.minibatches // program.accumulate
-    if rows % devices:
-        raise ValueError(f"parallel.data * parallel.fsdp={devices} must divide the episodes that are read at a time: "
-                         f"they are {rows}, rl.episodes={program.episodes} over rl.minibatches={program.minibatches} "
-                         f"and rl.accumulate={program.accumulate}")
-    if mode == "pmap" and program.episodes // devices % program.group:
-        raise ValueError(f"parallel.data={devices} with parallel.mode='pmap': the {program.episodes // devices} "
-                         f"episodes of a device must be a multiple of rl.group={program.group}")
-    if experts % mesh.shape["expert"] or not experts and mesh.shape["expert"] > 1:
-        raise ValueError(f"parallel.expert={mesh.shape['expert']} must divide the model's experts; it has "
-                         f"{experts or 'none'}")
 
 
 def fitting(axes: Sequence, shape: Sequence[int], mesh) -> P:

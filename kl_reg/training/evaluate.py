@@ -64,14 +64,14 @@ def _evaluate_base(config, group, model, judges, folder):
 
 def _sample_members(config, group, state, seeds):
     """`evaluation.episodes` of each member [m, count, ...], in batches of the size that training compiled."""
-    count, size = config.evaluation.episodes, group.program.episodes
+    count, size = config.evaluation.episodes, group.program.schedule.episodes
     parts = [_sample(config, group, state, seeds, [first] * len(seeds)) for first in range(0, count, size)]
     return jax.tree.map(lambda *x: np.concatenate(x, axis=1)[:, :count], *parts)
 
 
 def _sample_base(config, group, base):
     """The base's episodes [count, ...] by seed. Untrained members are the base; each samples another batch."""
-    count, size, members = config.evaluation.episodes, group.program.episodes, len(group.members)
+    count, size, members = config.evaluation.episodes, group.program.schedule.episodes, len(group.members)
     fresh, seeds, parts = group.run.init(base, group.seeds, group.hyper), seeds_of(config), []
     batches = [(seed, first) for seed in seeds for first in range(0, count, size)]
     for begin in range(0, len(batches), members):
@@ -95,7 +95,7 @@ def _sample(config, group, state, seeds, first):
 
 def without_features(episodes: Episodes) -> Episodes:
     """The episodes without what the models read, for the host."""
-    return episodes._replace(features=(), reference=(), kept=None)
+    return episodes._replace(features=(), reference=(), allowed=None)
 
 
 def _final(group, episodes, judges, seed):

@@ -17,7 +17,7 @@ from kl_reg.episodes.metrics import objective
 from kl_reg.pretrained import end_tokens, folders, quantize, tokenizer, weights
 from kl_reg.runs import checkpoint
 from kl_reg.runs import log as run_log
-from kl_reg.runs.fingerprint import digest_of, name_of
+from kl_reg.runs.fingerprint import name_of
 from kl_reg.sampling import rollout
 from kl_reg.sharding import mesh as meshes
 from kl_reg.sharding import multihost
@@ -71,14 +71,14 @@ def train(config: ConfigDict, reward_fn: Callable | Sequence[Callable] | None = 
         model, rounding = quantize.convert(model)
         _say(f"model.quantize={config.model.quantize}: {rounding}")
     groups = member_groups.plan(config, model, loss_fn, mesh)
-    if groups[0].program.env.ends:
+    if groups[0].program.task.env.ends:
         words = tokenizer.load(model.folder)
         _say(f"end tokens: {end_tokens.describe(end_tokens.named(model.folder, words), words)}")
     student = config.env.student_model
     inputs = checkpoint.Inputs(
-        folders.digest(model.folder), judged, [list(group.digests) for group in groups], groups[0].program.env.digest,
-        folders.digest(folders.find(student)) if student else "",
-        [[digest_of(part) for part in group.program.own_parts()] for group in groups])
+        folders.digest(model.folder), judged, [list(group.digests) for group in groups],
+        groups[0].program.task.env.digest, folders.digest(folders.find(student)) if student else "",
+        [list(group.functions) for group in groups])
     resolved = checkpoint.describe(config, inputs, [group.members for group in groups], rounding and rounding.record())
     multihost.first(lambda: checkpoint.claim(workdir, resolved))
     states = [group.run.init(model.params, group.seeds, group.hyper) for group in groups]
@@ -179,7 +179,7 @@ def _sample(group, state):
     first = meshes.put_members(np.zeros(len(group.members), np.int32), group.mesh)
     with jax.transfer_guard("disallow"):        # what moves between host and device is said here
         episodes = group.run.draw(state.params, state.reference, group.hyper, group.frozen, keys, first,
-                                    group.program.group)
+                                    group.program.algorithm.group)
         return _Batch(episodes, meshes.readable(evaluate.without_features(episodes)))
 
 

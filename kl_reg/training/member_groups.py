@@ -14,29 +14,34 @@ from ml_collections import ConfigDict
 
 from kl_reg import config as configs
 from kl_reg.pretrained import folders, weights
+from kl_reg.program import Program
 from kl_reg.runs import directory as run_directory
+from kl_reg.runs.fingerprint import digest_of
 from kl_reg.sharding import mesh as meshes
-from kl_reg.training import program
+from kl_reg.training.build import build, own_parts
+from kl_reg.training.compile import Compiled, check_mesh, compile_program
 from kl_reg.types import Frozen, Hyper
 
 
 class Group(NamedTuple):
     """The members of one program. `members` are their numbers in the sweep; `hyper` and `seeds` have a member axis;
-    `digests` are of the reference's own weights; all arrays lie on `mesh` (None: on one device)."""
+    `digests` are of the reference's own weights, `functions` of pieces that are not the library's; all arrays lie on
+    `mesh` (None: on one device)."""
 
     members: list[int]
-    program: program.Program
-    run: program.Compiled
+    program: Program
+    run: Compiled
     hyper: Hyper
     seeds: jax.Array
     frozen: Frozen
     digests: tuple[str, ...]
+    functions: tuple[str, ...]
     mesh: Mesh | None = None
 
 
 def plan(config: ConfigDict, model: weights.Model, loss: Callable | None = None, mesh: Mesh | None = None
          ) -> list[Group]:
-    """The programs of a sweep; raises as `program.build` does. Base model, student and references are shared by all.
+    """The programs of a sweep; raises as `build.build` does. Base model, student and references are shared by all.
 
     Args:
         loss: instead of the one that `rl.loss` names.
@@ -48,31 +53,33 @@ def plan(config: ConfigDict, model: weights.Model, loss: Callable | None = None,
     load, student = functools.cache(partial(load_reference, mesh=mesh)), _student(config, mesh)
     groups = [_group(members, model, student, load, loss, mesh) for members in run_directory.groups(config)]
     for group in groups if mesh is not None else ():
-        meshes.check(group.program, config.parallel.mode, len(group.members), model.config.experts, mesh)
+        check_mesh(group.program, config.parallel.mode, len(group.members), model.config.experts, mesh)
     return groups
 
 
 def base_group(groups: list[Group], config: ConfigDict, model: weights.Model) -> Group:
     """A program whose untrained policy is the base model: one of the sweep's, or one that is built for it."""
     for group in groups:
-        if group.program.reference.is_base:
+        if group.program.agent.reference.is_base:
             return group
     nothing = {"reference.name": "base", "reference.paths": (), **dict.fromkeys(configs.BUDGETS), "kl.spend": "neuron",
                "kl.carry": False}
     own = configs.override(configs.override(config, configs.members(config)[0]), nothing)
-    return _group([(0, own)], model, groups[0].frozen.student, load_reference, groups[0].program.loss, groups[0].mesh)
+    loss = groups[0].program.algorithm.loss
+    return _group([(0, own)], model, groups[0].frozen.student, load_reference, loss, groups[0].mesh)
 
 
 def _group(members, model, student, load, loss, mesh):
     statics, hypers, seeds = zip(*(configs.split(own) for _, own in members), strict=True)
     settings = statics[0].config()
     frozen, start, digests = load(tuple(settings.reference.paths))
-    built = program.build(statics[0], model, start, loss)
+    built = build(statics[0], model, start, loss)
     hyper = jax.tree.map(lambda *x: np.stack(x), *hypers)
     hyper, seeds = meshes.put_members((hyper, np.array(seeds, np.int32)), mesh)
     return Group([number for number, _ in members], built,
-                 program.compile_program(built, mesh, settings.parallel.mode), hyper, seeds,
-                 Frozen(model.params, frozen, student), digests, mesh)
+                 compile_program(built, mesh, settings.parallel.mode), hyper, seeds,
+                 Frozen(model.params, frozen, student), digests,
+                 tuple(digest_of(part) for part in own_parts(statics[0], loss)), mesh)
 
 
 def _student(config, mesh):

@@ -13,6 +13,7 @@ from kl_reg.algorithms.advantages import leaves_out
 from kl_reg.envs.environment import Reply
 from kl_reg.episodes.metrics import rates, summarise
 from kl_reg.episodes.token_groups import kl_by_group
+from kl_reg.program import Program
 from kl_reg.rewards import Reward, replies
 from kl_reg.runs.fingerprint import name_of
 from kl_reg.sharding import multihost
@@ -45,7 +46,7 @@ class Judgement(NamedTuple):
     row: dict
 
 
-def judge(program, judges: Judges, episodes: Episodes) -> Judgement:
+def judge(program: Program, judges: Judges, episodes: Episodes) -> Judgement:
     """Reads the turns of a batch [b, ...], asks the reward functions and credits what they say. It looks at what was
     said, not at the record.
 
@@ -55,7 +56,7 @@ def judge(program, judges: Judges, episodes: Episodes) -> Judgement:
     return credit(program, episodes, multihost.everywhere(lambda: ask(program, judges, episodes)))
 
 
-def judge_members(program, judges: Judges, members: Sequence[Episodes]) -> list[Judgement]:
+def judge_members(program: Program, judges: Judges, members: Sequence[Episodes]) -> list[Judgement]:
     """`judge` of each member's batch, from which it is to learn. The functions are called in this thread: where that is
     the main one, as it is when `train` is called there, they can set alarms.
 
@@ -64,18 +65,20 @@ def judge_members(program, judges: Judges, members: Sequence[Episodes]) -> list[
     """
     answers = multihost.everywhere(lambda: [ask(program, judges, own) for own in members])
     judged = [credit(program, *own) for own in zip(members, zip(*answers, strict=True), strict=True)]
-    if program.group > 1 and not leaves_out(program.advantage) and not all(own.credit.judged.all() for own in judged):
-        raise ValueError(f"rl.advantage={name_of(program.advantage)!r} compares the episodes of a group, and takes no "
+    algorithm, known = program.algorithm, all(own.credit.judged.all() for own in judged)
+    if algorithm.group > 1 and not leaves_out(algorithm.advantage) and not known:
+        raise ValueError(f"rl.advantage={name_of(algorithm.advantage)!r} compares the episodes of a group and takes no "
                          "argument `judged`, so it would count those that no reward function could judge; "
                          "docs/extending.md shows how to leave them out")
     return judged
 
 
-def ask(program, judges: Judges, episodes: Episodes) -> Answers:
+def ask(program: Program, judges: Judges, episodes: Episodes) -> Answers:
     """Asks about the replies in this process's part of the episodes; groups stay together. Raises as `judge`."""
-    count = len(episodes.mask) // program.group if len(episodes.mask) % program.group == 0 else len(episodes.mask)
-    size, mine = len(episodes.mask) // count, multihost.share(count)
-    turns = program.env.read(episodes.transcript)
+    rows, group = len(episodes.mask), program.algorithm.group
+    count = rows // group if rows % group == 0 else rows
+    size, mine = rows // count, multihost.share(count)
+    turns = program.task.env.read(episodes.transcript)
     numbers = [i for i, turn in enumerate(turns) if turn.episode // size in mine]
     turns = [turns[i] for i in numbers]
     trainer = rewards.Trainer(judges.state)
@@ -84,9 +87,10 @@ def ask(program, judges: Judges, episodes: Episodes) -> Answers:
                        rewards.score(judges.gold, turns, trainer) if judges.gold else None, trainer.logged)
 
 
-def credit(program, episodes: Episodes, answers: Sequence[Answers]) -> Judgement:
+def credit(program: Program, episodes: Episodes, answers: Sequence[Answers]) -> Judgement:
     """The judgement of a batch, with the answers of all processes."""
-    turns, order = program.env.read(episodes.transcript), np.argsort(np.concatenate([own.numbers for own in answers]))
+    turns = program.task.env.read(episodes.transcript)
+    order = np.argsort(np.concatenate([own.numbers for own in answers]))
     join = lambda *parts: np.concatenate(parts)[order]  # noqa: E731
     scores = jax.tree.map(join, *(own.reward for own in answers))
     credited = replies.credit(turns, scores, episodes.slot, episodes.mask)
@@ -102,9 +106,9 @@ def credit(program, episodes: Episodes, answers: Sequence[Answers]) -> Judgement
     return Judgement(turns, credited, row)
 
 
-def describe(program, judged: Judgement, episodes: Episodes) -> dict:
+def describe(program: Program, judged: Judgement, episodes: Episodes) -> dict:
     """The metrics of a batch [b, ...] with its record."""
-    return {**summarise(episodes, judged.turns, judged.credit.returns), **kl_by_group(episodes, program.groups),
+    return {**summarise(episodes, judged.turns, judged.credit.returns), **kl_by_group(episodes, program.task.groups),
             **judged.row}
 
 

@@ -18,6 +18,7 @@ from kl_reg.pretrained import weights
 from kl_reg.sampling import rollout
 from kl_reg.training import member_groups
 from kl_reg.types import Sampling
+from tests.programs import changed
 
 SMALL = {"kl.estimator": "k1", "kl.placement": "reward", "rl.iterations": 10, "rl.episodes": 64,
          "optim.learning_rate": 1e-2}
@@ -115,9 +116,9 @@ def test_a_policy_s_tables_are_what_its_sampler_says(folder, model, kind):
         history = actions[:, :t] @ VOCAB ** np.arange(t)[::-1]
         np.testing.assert_allclose(table[history, actions[:, t]], said[:, t], atol=2e-5)
     assert np.abs(episodes.log_ratio[0]).mean() > 0.05
-    for changed in ({"constrained": True}, {"sampling": Sampling(top_k=2)}):
+    for other in ({"constrained": True}, {"sampling": Sampling(top_k=2)}):
         with pytest.raises(ValueError, match="without a hard budget or truncation"):
-            policy_tables(group.program._replace(**changed), params, model.params, VOCAB)
+            policy_tables(changed(group.program, **other), params, model.params, VOCAB)
     with pytest.raises(ValueError, match=r"1 openings and 300\*\*3 sequences"):
         policy_tables(group.program, params, model.params, 300)
 

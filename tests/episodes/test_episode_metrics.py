@@ -27,7 +27,7 @@ def recorded(mask=MASK, **fields):
     nothing = np.zeros(mask.shape, np.float32)
     transcript = Transcript(np.zeros(mask.shape, np.int32), np.where(mask, AGENT, PAD), np.where(mask, 0, -1),
                             np.zeros(len(mask), np.int32))
-    known = {"transcript": transcript, "features": (), "reference": (), "kept": None, "mask": mask,
+    known = {"transcript": transcript, "features": (), "reference": (), "allowed": None, "mask": mask,
              "slot": np.where(mask, np.arange(mask.shape[1]), 0), "asked": np.zeros(len(mask), bool),
              "judged": np.ones(len(mask), bool)}
     known |= {name: np.float32(value) if isinstance(value, list) else value for name, value in fields.items()}

@@ -18,7 +18,8 @@ from kl_reg.episodes.metrics import objective, summarise
 from kl_reg.episodes.token_groups import BUILT_IN, compile_expressions, kl_by_group, token_groups
 from kl_reg.pretrained import chitchat, tokenizer, weights
 from kl_reg.sampling import rollout
-from kl_reg.training import program as programs
+from kl_reg.training.build import build
+from kl_reg.training.compile import compile_program
 from kl_reg.types import AGENT, OPENING, PAD, STUDENT, Frozen, Transcript
 
 PAGE = pathlib.Path(__file__).parents[2] / "docs/metrics.md"
@@ -146,7 +147,7 @@ def names_of_update():
     config.env.length, config.rl.episodes, config.policy.hidden = 3, 2, 4
     static, hyper, _ = configs.split(config)
     model = weights.load(config.model.path)
-    run = programs.compile_program(programs.build(static, model))
+    run = compile_program(build(static, model))
     hyper = jax.tree.map(lambda x: x[None], hyper)
 
     def update(base):

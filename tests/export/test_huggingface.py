@@ -90,7 +90,7 @@ def test_a_head_says_the_same_in_torch(bases, family, tmp_path):
         "base": {"path": str(base.folder), "revision": None, "digest": folders.digest(base.folder)},
         "dtype": "float32", "layers": 2, "length": 16, "temperature": 1.0, "budget": [0.25, 0.5]})
     with torch.no_grad():
-        theirs = loader_in(tmp_path).load(tmp_path)(torch.tensor(tokens), opening=4).numpy()
+        theirs = loader_in(tmp_path / "head_policy.py").load(tmp_path)(torch.tensor(tokens), opening=4).numpy()
     features = decoder.forward(config, base.params, jnp.array(tokens, jnp.int32), jnp.zeros(2, jnp.int32), 2).features
     time = np.maximum(np.arange(10) + 1 - 4, 0) / 16
     inputs = np.stack([np.full(10, 0.25), np.full(10, 0.5), time], axis=-1).astype(np.float32)

@@ -1,8 +1,6 @@
 """The oracle is float64: D(pi_alpha || beta) recomputed from the returned alpha, and a root finder of scipy's."""
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +13,8 @@ from scipy.special import log_softmax
 from kl_reg.kl import budget
 from kl_reg.kl.budget import Caps, charge, enter, finite, left, open_ledger, tilt
 from kl_reg.references.interface import Measure
-from kl_reg.sampling import action as actions
+from kl_reg.sampling.agent_step import choose, settle
+from tests.programs import by_hand
 
 VOCAB = 200
 tilt_of = jax.jit(lambda gap, allowance, log_base: tilt(finite(gap), allowance, log_base))
@@ -133,14 +132,14 @@ def extremes(draw_one):
 @jax.jit
 def episode_of(gaps, log_bases, budget_nats, part):
     """(logits, charged) of tokens that may each cost `part` of what the episode has left, as training computes them."""
-    program = SimpleNamespace(constrained=True, spend="neuron",
-                              kl=SimpleNamespace(config=SimpleNamespace(direction="reverse")))
+    program = by_hand(constrained=True)
 
     def token(ledger, given):
         gap, log_base = given
-        chosen = actions.constrain(program, Measure(log_base, gap, jnp.zeros(()), None), None,
-                                  left(Caps(budget_nats, jnp.inf, jnp.inf), ledger, False), part)
-        _, cost = actions.terms_of(program, chosen, jnp.int32(0))
+        remaining = left(Caps(budget_nats, jnp.inf, jnp.inf), ledger, False)
+        chosen = choose(program, Measure(log_base, gap, jnp.zeros(()), None), None, remaining, part, jnp.zeros(()),
+                        jnp.int32(0))
+        _, cost = settle(program, chosen, jnp.int32(0))
         return charge(ledger, cost, jnp.array(True)), (chosen.logits, cost)
 
     return jax.lax.scan(token, open_ledger(()), (gaps, log_bases))[1]

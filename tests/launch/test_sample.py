@@ -163,7 +163,7 @@ def test_it_ends_when_the_context_is_full(run, call):
 def test_what_ends_the_agents_turn_from_outside_is_nobodys_and_free(run, tiny_tokenizer):
     """ctrl-C behind the first token: the end marker and the student's prefix are written, and nothing is charged."""
     one = single_policy.open_policy(f"{run}:1", "run", 8, {})
-    manners = conversation.as_student(one.config.env, one.team.program.env, tiny_tokenizer, frozenset())
+    manners = conversation.as_student(one.config.env, one.team.program.task.env, tiny_tokenizer, frozenset())
     policy = conversation.compile_policy(one.team, kl_of)
     moment, ids = policy.begin(5)
     start = conversation.State(moment, tuple(ids), (), None, 0.0)
@@ -185,7 +185,7 @@ def test_a_chat_whose_template_writes_the_past_anew(roomy_folder, tiny_tokenizer
     one = single_policy.open_policy(str(roomy_folder), "run", 1, {})
     manners = conversation.as_user(render, ends)
     team = single_policy.in_env(one.team, manners.env._replace(length=58))
-    manners = manners._replace(env=team.program.env)
+    manners = manners._replace(env=team.program.task.env)
     policy = conversation.compile_policy(team, single_policy.SHOWN["surprisal"][1])
     moment, ids = policy.begin(3)
     state, shortened = conversation.State(moment, tuple(ids), (), None, 0.0), 0
@@ -208,7 +208,7 @@ def test_a_model_is_opened_once_in_the_environment_that_was_asked_for(tiny_folde
     monkeypatch.setattr(weights, "load", lambda *path, load=weights.load: loaded.append(path) or load(*path))
     changes = {"teacher": "T:", "end": "\n\n", "opening": "B: hi\n\n"}
     one = single_policy.open_policy(str(tiny_folder), "run", 2, changes, 20)
-    env, words = one.team.program.env, tokenizer.load(tiny_folder)
+    env, words = one.team.program.task.env, tokenizer.load(tiny_folder)
     assert tokenizer.decode(words, env.openings.tokens[0].tolist()) == "B: hi\n\nT:" and env.length == 20
     assert len(loaded) == 1
     with pytest.raises(ValueError, match="env.length=64 .* context is 64"):

@@ -49,7 +49,8 @@ def test_shapes_are_those_of_training(config, kind, tmp_path):
     for own, group in zip(found, groups, strict=True):
         assert shapes(own.frozen) == shapes(group.frozen) and shapes(own.hyper) == shapes(group.hyper)
         assert shapes(own.state) == shapes(jax.eval_shape(group.run.init, group.frozen.base, group.seeds, group.hyper))
-        assert own.program.env.openings.tokens.shape == group.program.env.openings.tokens.shape and own.guessed == 0
+        openings = [built.program.task.env.openings.tokens.shape for built in (own, group)]
+        assert openings[0] == openings[1] and own.guessed == 0
 
 
 def test_config_json_alone_is_enough(config, bare, tmp_path):
@@ -59,7 +60,8 @@ def test_config_json_alone_is_enough(config, bare, tmp_path):
     scratch.mkdir()
     own = abstract.programs(config, scratch)[0]
     assert own.shapes.experts == 4 and own.guessed == 7
-    assert own.program.formed == config.rl.entries and own.program.cached is None       # not as on this machine's CPU
+    execution = own.program.execution
+    assert execution.chunk == config.rl.entries and execution.block is None             # not as on this machine's CPU
     assert own.stream.episodes.transcript.tokens.shape == (2, 4, 7 + 12)
     wanted = jax.eval_shape(lambda: decoder.init(families.read(json.loads((bare / "config.json").read_text()))[0],
                                                  jax.random.key(0)))

@@ -11,12 +11,14 @@ import pytest
 from kl_reg import config as configs
 from kl_reg.kl.spends import SPENDS
 from kl_reg.policies.actor import Situation
-from kl_reg.policies.kinds import POLICIES, build
+from kl_reg.policies.kinds import POLICIES
 from kl_reg.pretrained import weights
 from kl_reg.sampling import rollout
-from kl_reg.training import program as programs
 from kl_reg.training import scoring
+from kl_reg.training.build import build
+from kl_reg.training.compile import compile_program
 from kl_reg.types import Frozen, Transcript
+from tests.programs import changed
 
 MEMBERS = 2
 
@@ -30,8 +32,8 @@ class Setup:
         config.env.opening, config.env.length, config.rl.episodes = "<|start|>A: hi\n", 12, 4
         static, hyper, _ = configs.split(config)
         self.model = weights.load(config.model.path)
-        self.program = programs.build(static, self.model)
-        self.compiled = programs.compile_program(self.program)
+        self.program = build(static, self.model)
+        self.compiled = compile_program(self.program)
         self.hyper = jax.tree.map(lambda x: jnp.broadcast_to(x, (MEMBERS,)), hyper)
         self.frozen = Frozen(self.model.params)
         self.params = self.compiled.init(self.model.params, jnp.arange(MEMBERS), self.hyper).params
@@ -93,7 +95,7 @@ def test_the_first_value_is_zero_and_the_first_spend_is_as_configured(setup):
     assert not episodes.value.any()
     one = jax.tree.map(lambda x: x[0], (setup.params, episodes.features))
     nats = jnp.full(episodes.mask.shape[1:], 3.0)
-    reading = setup.program.policy.read(one[0], setup.model.params, one[1], Situation(nats, nats / 6, nats / 6))
+    reading = setup.program.agent.policy.read(one[0], setup.model.params, one[1], Situation(nats, nats / 6, nats / 6))
     np.testing.assert_allclose(reading.spend, 0.05, rtol=1e-5)
 
 
@@ -114,8 +116,8 @@ def test_the_value_does_not_move_the_finetuned_weights(setups, kind, own):
     @jax.jit
     @jax.jacrev
     def grads(params):
-        features = setup.program.policy.refresh(params, base, episodes)
-        reading = setup.program.policy.read(params, base, features, situation)
+        features = setup.program.agent.policy.refresh(params, base, episodes)
+        reading = setup.program.agent.policy.read(params, base, features, situation)
         return {"value": reading.value.sum(), "gap": (reading.gap**2).sum()}
 
     of = grads(params)
@@ -133,7 +135,7 @@ def test_a_full_policy_on_a_bfloat16_base_is_float32_and_begins_as_the_base(tiny
     """Steps of 1e-4 would be lost on bfloat16 weights of 1; what is computed with them is rounded as the base's."""
     shapes = dataclasses.replace(tiny_shapes, dtype="bfloat16")
     base = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tiny_params)
-    policy = build("full", shapes, configs.default().policy)
+    policy = POLICIES["full"](shapes, configs.default().policy)
     params = policy.init(jax.random.key(0), base)
     assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
     moved = jax.tree.map(lambda x: x + 1e-4, params["trunk"])
@@ -158,7 +160,7 @@ def test_the_value_loss_moves_the_value_head_alone(setups, kind, spend):
     @jax.jit
     def gradient(params):
         def loss(params):
-            value = scoring.score(own.program._replace(spend=spend), params, (), own.frozen, episodes, caps,
+            value = scoring.score(changed(own.program, spend=SPENDS[spend](16)), params, (), own.frozen, episodes, caps,
                                   episodes.mask.sum(-1).max()).value
             return jnp.where(episodes.mask, (value - 1.0) ** 2, 0.0).sum()
 

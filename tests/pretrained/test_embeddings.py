@@ -15,7 +15,8 @@ from kl_reg.analysis.compare.policies import Side
 from kl_reg.pretrained import chitchat, embeddings, families, quantize, tokenizer, weights
 from kl_reg.pretrained.tokenizer import START
 from kl_reg.rewards.log_likelihood import log_likelihood
-from kl_reg.training import program
+from kl_reg.training import build as builder
+from tests.programs import by_hand
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def test_exactly_ids_outside_the_table_are_refused(tiny_tokenizer, ids, rows):
 
 def build(model, **changes):
     config = configs.override(configs.default(), {"env.length": 8, "policy.hidden": 8} | changes)
-    return program.build(configs.static_of(config), weights.load(model))
+    return builder.build(configs.static_of(config), weights.load(model))
 
 
 PLAIN = {"env.name": "completion", "env.opening": "hello", "env.end": "\n"}
@@ -63,7 +64,7 @@ def test_a_file_of_prompts_says_which(short, tmp_path):
 
 
 def test_unused_tokens_may_lie_beyond_the_table(short):
-    assert build(str(short), **PLAIN).policy
+    assert build(str(short), **PLAIN).agent.policy
 
 
 def test_an_end_token_beyond_the_table_is_refused(short, tiny_tokenizer, tmp_path):
@@ -80,7 +81,7 @@ def test_a_student_or_a_reference_without_an_embedding_is_refused(tiny_folder, s
         "reference.name": "checkpoint", "reference.paths": (str(short),)}
     with pytest.raises(ValueError, match=f"^opening 1 of 1: token .* no embedding in {setting}="):
         build(str(tiny_folder), **other)
-    assert build(str(tiny_folder)).policy
+    assert build(str(tiny_folder)).agent.policy
 
 
 def test_a_judge_reads_what_it_has_embeddings_for(short):
@@ -99,8 +100,7 @@ def test_texts_of_the_analyses_are_looked_at_too(short):
     with pytest.raises(ValueError, match="^held-out conversations: token"):
         quantize.held_out(model)
     env = SimpleNamespace(length=8)
-    side = Side("x", "model", None, model, configs.default(),
-                [SimpleNamespace(program=SimpleNamespace(env=env))], None)
+    side = Side("x", "model", None, model, configs.default(), [SimpleNamespace(program=by_hand(length=8))], None)
     with pytest.raises(ValueError, match="^held-out conversations: token"):
         compare.held_out(side, 1, 0)
     manners = Manners(env, "", "", False, frozenset(), [], lambda ids, turns, text: (1, words.encode(text).ids))

@@ -20,11 +20,11 @@ from kl_reg.kl.spends import SPENDS
 from kl_reg.models import decoder
 from kl_reg.policies.actor import Situation
 from kl_reg.pretrained import families, weights
+from kl_reg.program import Program
 from kl_reg.references.kinds import REFERENCES
-from kl_reg.sampling import action as actions
 from kl_reg.sampling import rollout
 from kl_reg.training import member_groups, scoring
-from kl_reg.training import program as programs
+from kl_reg.training.compile import Compiled
 from kl_reg.types import AGENT, PAD, Episodes, Frozen, Hyper, Sampling
 
 MEMBERS, EPISODES, LENGTH = 2, 4, 14
@@ -33,8 +33,8 @@ MEMBERS, EPISODES, LENGTH = 2, 4, 14
 class Case(NamedTuple):
     """A program with its parameters moved away from the start, and what was sampled with them [m, b, ...]."""
 
-    program: programs.Program
-    run: programs.Compiled
+    program: Program
+    run: Compiled
     frozen: Frozen
     hyper: Hyper
     state: object
@@ -127,7 +127,7 @@ def test_an_untrained_policy_is_at_the_reference_where_it_can_be(case, settings)
     episodes = one.sample(one.state.params)
     np.testing.assert_allclose(episodes.kl, episodes.floor, atol=1e-6)
     np.testing.assert_allclose(episodes.log_ratio, episodes.floor, atol=1e-5)
-    assert one.program.reference.proper == (not np.asarray(episodes.floor).any())
+    assert one.program.agent.reference.proper == (not np.asarray(episodes.floor).any())
 
 
 @pytest.mark.parametrize("settings", WAYS + OTHERS[:2] + OTHERS[3:4] + OTHERS[6:], ids=name_of)
@@ -154,7 +154,7 @@ def test_ways_to_spend(case, way):
     """The part of what is left that each token may cost, and what is charged."""
     one = case(kl__budget=2.0, kl__spend=way)
     mask = np.asarray(one.episodes.mask)
-    part = np.asarray(one.episodes.part)[mask]
+    part = np.asarray(one.episodes.fraction)[mask]
     if way == "greedy":
         assert (part == 1).all()
     if way == "uniform":
@@ -231,9 +231,10 @@ def test_an_episode_asks_for_help_when_the_floor_is_above_what_is_left(case):
 def test_the_average_follows_the_policy(case):
     """One update by hand, and a sync on its iteration only."""
     memory, params = {"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([3.0, -2.0])}
-    average = case(reference__name="ema", policy__kind="head").program.reference.update(memory, params, jnp.int32(0))
+    follower = case(reference__name="ema", policy__kind="head").program.agent.reference
+    average = follower.update(memory, params, jnp.int32(0))
     np.testing.assert_allclose(average["w"], 0.99 * np.array([1.0, 2.0]) + 0.01 * np.array([3.0, -2.0]), rtol=1e-6)
-    synced = case(reference__name="sync", policy__kind="head").program.reference
+    synced = case(reference__name="sync", policy__kind="head").program.agent.reference
     for iteration, expected in ((0, memory), (8, memory), (9, params), (10, memory), (19, params)):
         np.testing.assert_array_equal(synced.update(memory, params, jnp.int32(iteration))["w"], expected["w"])
 
@@ -280,9 +281,9 @@ def test_kept_tokens_by_hand(sampling, kept):
 @pytest.mark.parametrize("logit", [-110.0, -20.0, 0.0, 17.0, 60.0])
 def test_a_saturated_neuron_has_finite_gradients(case, logit):
     """The drawn part's log-probability, at every number of levels."""
-    program = case(kl__budget=2.0, kl__spend="sampled").program
+    spend = case(kl__budget=2.0, kl__spend="sampled").program.agent.spend
     for count in (0, 3, 16):
-        of = lambda z, count=count: actions.part_log_prob(program, jax.nn.sigmoid(z), jnp.float32(count / 16))  # noqa: E731
+        of = lambda z, count=count: spend.log_prob(jax.nn.sigmoid(z), jnp.float32(count / 16))  # noqa: E731
         value, slope = jax.value_and_grad(of)(jnp.float32(logit))
         assert jnp.isfinite(value) and jnp.isfinite(slope)
         if abs(logit) < 1:

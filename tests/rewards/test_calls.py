@@ -189,7 +189,7 @@ def test_functions_of_jax_and_of_a_cache_take_what_they_wrap():
 
 
 def test_a_wrapper_that_requires_what_there_is_not_is_named_itself():
-    with pytest.raises(ValueError, match=r"'exact', whose wrapper is weighing.<locals>.wrapper \(.*test_scoring.py, "
+    with pytest.raises(ValueError, match=r"'exact', whose wrapper is weighing.<locals>.wrapper \(.*test_calls.py, "
                                          r"line \d+\), requires 'level'; .*here: answer\)"):
         scores(weighing(exact), [reply(answer="4")])
     with pytest.raises(ValueError, match="reward function 'exact' requires 'answer'; "):

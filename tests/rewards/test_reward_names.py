@@ -187,7 +187,7 @@ def marked(inner, by):
 
 
 def hidden(completions):
-    return HIDDEN(completions)
+    return HIDDEN(completions)  # noqa: F821 - given with its globals below
 
 
 def whisper(completions):

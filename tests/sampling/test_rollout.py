@@ -24,15 +24,19 @@ from kl_reg import config as configs
 from kl_reg.models import decoder
 from kl_reg.policies import student
 from kl_reg.pretrained import weights
+from kl_reg.program import Program
 from kl_reg.sampling import rollout
-from kl_reg.training import program as programs
+from kl_reg.sampling.action import inverse_cdf
+from kl_reg.training import build as builder
 from kl_reg.training import scoring
+from kl_reg.training.compile import Compiled, compile_program
 from kl_reg.types import AGENT, FORCED, OPENING, PAD, STUDENT, Episodes, Frozen, Hyper, Openings
+from tests.programs import changed
 
 BUDGETS = (0.0, 0.1, 3.0, 20.0)
 KINDS = [(kind, constrained) for kind in ("head", "full") for constrained in (False, True)]
 END, TEACHER, STUDENT_PREFIX = "\n", "A:", "B:"
-draw_of = jax.jit(rollout.inverse_cdf)
+draw_of = jax.jit(inverse_cdf)
 
 
 # Drawing one token
@@ -50,7 +54,7 @@ def test_draws_follow_the_distribution():
     probs /= probs.sum()
     uniforms = jax.random.uniform(jax.random.key(0), 20_000)
     with np.errstate(divide="ignore"):
-        tokens = jax.jit(jax.vmap(rollout.inverse_cdf, (None, 0)))(np.log(np.float32(probs)), uniforms)
+        tokens = jax.jit(jax.vmap(inverse_cdf, (None, 0)))(np.log(np.float32(probs)), uniforms)
     counts, expected = np.bincount(tokens, minlength=150), 20_000 * probs
     assert (counts[probs == 0] == 0).all()
     common = expected >= 5
@@ -95,10 +99,10 @@ def test_a_draw_is_possible_and_where_the_uniform_points(logits, data, uniform):
 class Case(NamedTuple):
     """A program, parameters far from the base, and what was sampled with them [4, 4, ...]."""
 
-    program: programs.Program
+    program: Program
     shapes: decoder.DecoderConfig
-    compiled: programs.Compiled
-    pair: programs.Compiled     # of two episodes
+    compiled: Compiled
+    pair: Compiled     # of two episodes
     base: dict
     frozen: Frozen
     fresh: dict                 # parameters as initialised
@@ -134,15 +138,15 @@ def case(tiny_folder):
         config.env.opening, config.env.length, config.rl.episodes = "<|start|>A: hi\n", 24, 4
         config.policy.layers, config.policy.spend_init, config.kl.budget = 2, 0.3, 1.0 if constrained else None
         static, hyper, _ = configs.split(config)
-        program = programs.build(static, model)
-        compiled = programs.compile_program(program)
+        program = builder.build(static, model)
+        compiled = compile_program(program)
         hyper = jax.tree.map(lambda x: jnp.broadcast_to(x, (4,)), hyper)
         if constrained:
             hyper = hyper._replace(kl_budget=jnp.array(BUDGETS))
         state, frozen = compiled.init(model.params, jnp.arange(4), hyper), Frozen(model.params)
         params, keys = perturb(state.params, 0.5), rollout.member_keys(state.seed, jnp.full(4, 7))
         episodes = compiled.sample(params, (), hyper, frozen, keys, jnp.zeros(4, jnp.int32))
-        pair = programs.compile_program(program._replace(episodes=2))
+        pair = compile_program(changed(program, episodes=2))
 
         def score(params, episodes, hyper):
             return scoring.score(program, params, (), frozen, episodes, scoring.caps_of(hyper), jnp.int32(24))
@@ -246,10 +250,10 @@ def test_members_and_episodes_differ(each):
 def test_left_padding_of_the_opening_changes_nothing(case):
     """Three slots of padding in front of the opening, whatever stands in them."""
     plain = case("head", True)
-    openings = plain.program.env.openings
+    openings = plain.program.task.env.openings
     padded = Openings(np.pad(openings.tokens, [(0, 0), (3, 0)], constant_values=5), openings.start + 3)
-    program = plain.program._replace(env=plain.program.env._replace(openings=padded))
-    got = programs.compile_program(program).sample(plain.params, (), plain.hyper, plain.frozen, plain.keys,
+    program = changed(plain.program, env=plain.program.task.env._replace(openings=padded))
+    got = compile_program(program).sample(plain.params, (), plain.hyper, plain.frozen, plain.keys,
                                                    jnp.zeros(4, jnp.int32))
     stripped = got.transcript._replace(tokens=got.transcript.tokens[..., 3:])
     assert_same_episodes(got._replace(transcript=stripped), plain.episodes)
@@ -260,11 +264,11 @@ def test_left_padding_of_the_opening_changes_nothing(case):
 def test_the_episodes_of_a_group_have_one_opening(case, first):
     """Of eight openings; in groups of one they are those of the groups' first episodes."""
     plain = case("head", False)
-    tokens = np.repeat(plain.program.env.openings.tokens, 8, axis=0)
+    tokens = np.repeat(plain.program.task.env.openings.tokens, 8, axis=0)
     tokens[:, 0] = np.arange(8)
-    openings = Openings(tokens, np.repeat(plain.program.env.openings.start, 8))
-    program = plain.program._replace(env=plain.program.env._replace(openings=openings, length=2))
-    sample = programs.compile_program(program).sample
+    openings = Openings(tokens, np.repeat(plain.program.task.env.openings.start, 8))
+    program = changed(plain.program, env=plain.program.task.env._replace(openings=openings, length=2))
+    sample = compile_program(program).sample
     given = plain.params, (), plain.hyper, plain.frozen, plain.keys, jnp.full(4, first)
     single, pairs = (sample(*given, size) for size in (1, 2))
     alone, opening = np.asarray(single.transcript.opening), np.asarray(pairs.transcript.opening)
@@ -276,7 +280,7 @@ def test_the_episodes_of_a_group_have_one_opening(case, first):
 def test_nobody_writes_behind_the_end_that_an_environment_makes(case):
     """Over after three tokens: as without an end up to there, and then padding."""
     plain = case("head", False)
-    env = plain.program.env
+    env = plain.program.task.env
 
     class State(NamedTuple):
         env: object
@@ -293,7 +297,7 @@ def test_nobody_writes_behind_the_end_that_an_environment_makes(case):
 
     start = env.reset()
     ending = env._replace(reset=lambda: State(start, start.turn, jnp.int32(0)), turn=turn, observe=observe)
-    got = programs.compile_program(plain.program._replace(env=ending)).sample(
+    got = compile_program(changed(plain.program, env=ending)).sample(
         plain.params, (), plain.hyper, plain.frozen, plain.keys, jnp.zeros(4, jnp.int32))
     end = env.openings.tokens.shape[1] + 3
     np.testing.assert_array_equal(got.transcript.tokens[..., :end], plain.episodes.transcript.tokens[..., :end])
@@ -330,7 +334,7 @@ def markers(tiny_tokenizer):
 def test_transcripts_follow_the_rules_and_streams_the_transcripts(each, markers):
     """Every slot has its writer; the stream holds the agent's tokens in order and nobody else's."""
     seen = set()
-    width = each.program.env.openings.tokens.shape[1]
+    width = each.program.task.env.openings.tokens.shape[1]
     flat = jax.tree.map(lambda x: np.asarray(x).reshape(16, *x.shape[2:]), each.episodes._replace(features=()))
     for e in range(16):
         tokens, roles = flat.transcript.tokens[e], flat.transcript.roles[e]
@@ -363,12 +367,12 @@ def test_every_token_is_the_draw_of_its_writer(case, own_student):
     episodes, other = full.episodes, full.base
     if own_student:
         other = perturb(full.base, 0.5)
-        program = full.program._replace(student=student.other(full.shapes))
-        episodes = programs.compile_program(program).sample(
+        program = changed(full.program, student=student.other(full.shapes))
+        episodes = compile_program(program).sample(
             full.params, (), full.hyper, full.frozen._replace(student=other), full.keys, jnp.zeros(4, jnp.int32))
     episodes = jax.tree.map(lambda x: x[k], episodes)
     tokens, roles = np.asarray(episodes.transcript.tokens), np.asarray(episodes.transcript.roles)
-    width = full.program.env.openings.tokens.shape[1]
+    width = full.program.task.env.openings.tokens.shape[1]
     own = jax.tree.map(lambda x: x[k], full.params["trunk"])
     ours, base, theirs = (np.asarray(log_probs_without_cache(full.shapes, params, tokens))
                           for params in (own, full.base, other))

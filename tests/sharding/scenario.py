@@ -14,10 +14,13 @@ import optax
 from kl_reg import config as configs
 from kl_reg.models import decoder
 from kl_reg.pretrained import weights
+from kl_reg.program import Program
 from kl_reg.sampling import rollout
 from kl_reg.sharding import mesh as meshes
-from kl_reg.training import program as programs
+from kl_reg.training.build import build
+from kl_reg.training.compile import compile_program
 from kl_reg.types import Episodes, Frozen, Hyper
+from tests.programs import descending
 
 EPISODES, LENGTH, UPDATES = 16, 8, 3
 
@@ -34,7 +37,7 @@ KINDS = {"full": dict(kind="full", rl__minibatches=2), "mixture": dict(kind="ful
 class Case(NamedTuple):
     """A program, its base model, settings and seeds of its members, and parameters away from the start."""
 
-    program: programs.Program
+    program: Program
     base: dict
     hyper: Hyper
     seeds: np.ndarray
@@ -65,11 +68,11 @@ def case(folder: str, prompts: str, kind: str = "full", members: int = 1, expert
     model = weights.load(folder)
     shapes = dataclasses.replace(model.config, layers=1, experts=experts)
     base = jax.tree.map(lambda x: 4 * x if x.ndim > 1 else x, decoder.init(shapes, jax.random.key(1)))
-    program = programs.build(static, model._replace(config=shapes, params=base))._replace(optimizer=SGD)
+    program = descending(build(static, model._replace(config=shapes, params=base)), SGD)
     hyper = jax.tree.map(lambda x: np.full(members, x), hyper)._replace(
         kl_coef=np.linspace(0.3, 1.0, members, dtype=np.float32))
     seeds, rng = np.arange(members, dtype=np.int32), np.random.default_rng(0)
-    state = programs.compile_program(program).init(base, seeds, hyper)
+    state = compile_program(program).init(base, seeds, hyper)
     params = jax.tree.map(lambda x: np.float32(x + 0.02 * rng.standard_normal(x.shape)), jax.device_get(state.params))
     return Case(program, jax.device_get(base), hyper, seeds, params)
 
@@ -88,7 +91,7 @@ def placed(own: Case, mesh, mode):
     """The compiled program, its state and what its functions take beside it, on the mesh (None: one device)."""
     key = id(own.program), mesh, mode
     if key not in _compiled:        # with the program, so that no other gets its id
-        _compiled[key] = own.program, programs.compile_program(own.program, mesh, mode)
+        _compiled[key] = own.program, compile_program(own.program, mesh, mode)
     run = _compiled[key][1]
     frozen, (hyper, seeds) = Frozen(own.base), meshes.put_members((own.hyper, own.seeds), mesh)
     if mesh is not None:
@@ -104,7 +107,7 @@ def sample(own: Case, mesh=None, mode="jit") -> Episodes:
     first = np.zeros(len(own.seeds), np.int32)
     first = meshes.put_members(first, mesh)
     keys = rollout.member_keys(state.seed, state.iteration)
-    return run.draw(state.params, state.reference, hyper, frozen, keys, first, own.program.group)
+    return run.draw(state.params, state.reference, hyper, frozen, keys, first, own.program.algorithm.group)
 
 
 def rewards_of(episodes: Episodes) -> np.ndarray:

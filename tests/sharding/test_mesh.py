@@ -18,6 +18,8 @@ from kl_reg.models import decoder
 from kl_reg.pretrained import quantize
 from kl_reg.sharding import constraints, partition_rules
 from kl_reg.sharding import mesh as meshes
+from kl_reg.training.compile import check_mesh
+from tests.programs import by_hand
 
 KEY, TWO_OF_EACH = jax.random.key(0), AbstractMesh((2,) * len(meshes.AXES), meshes.AXES)
 
@@ -80,7 +82,7 @@ def test_a_mesh_is_no_part_of_an_experiment():
         validation.validate(config)
 
 
-PROGRAM = SimpleNamespace(episodes=16, minibatches=2, accumulate=1, group=4)
+PROGRAM = by_hand(episodes=16, minibatches=2, group=4)
 
 
 @pytest.mark.parametrize("mode, members, experts, sizes, says", [
@@ -92,8 +94,8 @@ PROGRAM = SimpleNamespace(episodes=16, minibatches=2, accumulate=1, group=4)
 def test_a_program_that_cannot_be_divided_is_one_error(mode, members, experts, sizes, says):
     mesh = AbstractMesh(tuple(sizes.get(axis, 1) for axis in meshes.AXES), meshes.AXES)
     with pytest.raises(ValueError, match=says):
-        meshes.check(PROGRAM, mode, members, experts, mesh)
-    meshes.check(PROGRAM, "jit", 4, 8, TWO_OF_EACH)
+        check_mesh(PROGRAM, mode, members, experts, mesh)
+    check_mesh(PROGRAM, "jit", 4, 8, TWO_OF_EACH)
 
 
 SWITCHES = {"plain": {}, "gemma": dict(post_norm=True, qk_norm="head", norm="rms_plus_one"), "untied": dict(tied=False),

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import scenario
 
+from kl_reg.sharding import constraints
 from kl_reg.sharding import mesh as meshes
-from kl_reg.training import program as programs
-from kl_reg.training import step
+from kl_reg.training.compile import compile_program
 
 WAYS = {
     "data": ("full", {"data": 8}, "jit", {"layers/query/kernel": (1, 1, 16, 32)}),
@@ -76,7 +76,7 @@ def test_members_over_devices_are_solo_runs(tiny_folder, prompts, kind, name, sh
 def test_devices_that_do_not_share_their_sums_are_found_out(alone, monkeypatch):
     """Each device by itself: means of its own episodes, whose lengths differ."""
     own, episodes, expected = alone("full")
-    monkeypatch.setattr(step.divided, "total", lambda tree, axis: tree)
+    monkeypatch.setattr(constraints, "total", lambda tree, axis: tree)
     own = own._replace(program=own.program._replace())      # compiled by itself
     got, _ = scenario.updates(own, episodes, scenario.mesh_of(data=4), "pmap")
     with pytest.raises(AssertionError, match="policy/entropy_avg|loss|val/"):
@@ -87,6 +87,6 @@ def test_one_device_has_no_mesh(alone):
     """The default compiles what it compiled before there were meshes: no sharding is in it."""
     own, episodes, _ = alone("full")
     run, state, hyper, frozen = scenario.placed(own, None, "jit")
-    text = programs.compile_program(own.program).update.lower(state, hyper, frozen, episodes,
+    text = compile_program(own.program).update.lower(state, hyper, frozen, episodes,
                                                               scenario.rewards_of(episodes)).as_text()
     assert "sharding" not in text and "all_reduce" not in text

@@ -17,10 +17,14 @@ from kl_reg.algorithms import LOSSES
 from kl_reg.kl import estimators
 from kl_reg.kl.estimators import KLConfig
 from kl_reg.pretrained import weights
+from kl_reg.program import ALONE, AT_ONCE, FUSED, WITH_REFERENCE, Program
 from kl_reg.sampling import rollout
-from kl_reg.training import program as programs
-from kl_reg.training import scoring, step
+from kl_reg.training import build as builder
+from kl_reg.training import chunks, objective, scoring, step
+from kl_reg.training.compile import compile_program
+from kl_reg.training.targets import targets
 from kl_reg.types import Episodes, Frozen, Hyper, TrainState
+from tests.programs import changed
 
 MEMBERS, EPISODES, LENGTH = 2, 4, 10
 KINDS = ("head", "lora", "full")
@@ -29,7 +33,7 @@ KINDS = ("head", "lora", "full")
 class Case(NamedTuple):
     """A program, parameters away from the start, and what they sampled [m, b, ...] along the plain path."""
 
-    program: programs.Program
+    program: Program
     frozen: Frozen
     hyper: Hyper
     params: dict
@@ -41,14 +45,14 @@ def plain(program):
     def each(params, base, tokens, start, chosen, slots, group):
         rows = jnp.repeat(chosen, group, axis=1)
         own = jnp.arange(rows.size).reshape(rows.shape)
-        return program.policy.prefill(params, base, tokens[rows.ravel()], start[rows.ravel()], own, slots)
+        return program.agent.policy.prefill(params, base, tokens[rows.ravel()], start[rows.ravel()], own, slots)
 
-    return program._replace(policy=program.policy._replace(prefill=each, factored=None, alone=None), copies=False)
+    return changed(program, policy=program.agent.policy._replace(prefill=each, factored=None, alone=None), copies=False)
 
 
 def sample(program, case, group=2):
     keys = rollout.member_keys(jnp.arange(MEMBERS), jnp.full(MEMBERS, 3))
-    run = programs.compile_program(program).sample
+    run = compile_program(program).sample
     return run(case.params, (), case.hyper, case.frozen, keys, jnp.zeros(MEMBERS, jnp.int32), group)
 
 
@@ -71,9 +75,9 @@ def case(tiny_folder, tmp_path_factory):
         model = weights.load(config.model.path)     # of two layers, which compile faster
         params = model.params | {"layers": jax.tree.map(lambda x: x[:2], model.params["layers"])}
         model = model._replace(config=dataclasses.replace(model.config, layers=2), params=params)
-        program = programs.build(static, model)
+        program = builder.build(static, model)
         hyper = jax.tree.map(lambda x: jnp.broadcast_to(x, MEMBERS), hyper)._replace(kl_coef=jnp.array([0.3, 2.0]))
-        params, rng = programs.compile_program(program).init(model.params, jnp.arange(MEMBERS), hyper).params, \
+        params, rng = compile_program(program).init(model.params, jnp.arange(MEMBERS), hyper).params, \
             np.random.default_rng(0)
         scale = {"head": 0.3, "lora": 0.1, "full": 0.05}[kind]
         params = jax.tree.map(lambda x: x + scale * rng.standard_normal(x.shape).astype(x.dtype), params)
@@ -94,7 +98,8 @@ def assert_same_record(got, expected):
 def test_episodes_are_the_same_however_they_are_sampled(case, kind):
     """Openings read once for a group, the base afterwards, a copy of the weights; and each of it left out."""
     own = case(kind)
-    assert own.program.deferred and own.program.copies and not plain(own.program).deferred
+    assert [program.execution.sampler for program in (own.program, plain(own.program))] == [ALONE, WITH_REFERENCE]
+    assert own.program.execution.copies
     assert np.abs(own.episodes.kl).max() > 0.01 and len(np.unique(own.episodes.mask.sum(-1))) > 1
     assert_same_record(sample(own.program, own), own.episodes)
 
@@ -102,7 +107,7 @@ def test_episodes_are_the_same_however_they_are_sampled(case, kind):
 def test_the_forward_kl_is_recorded_whatever_the_estimator(case):
     """Controllers read it, also where the penalty is of sampled log-ratios."""
     own = case("head", kl__direction="forward", kl__estimator="k3_weighted")
-    assert own.program.deferred and own.episodes.forward_kl.max() > 0.01
+    assert own.program.execution.sampler == ALONE and own.episodes.forward_kl.max() > 0.01
     assert_same_record(sample(own.program, own), own.episodes)
 
 
@@ -112,7 +117,7 @@ def test_the_loop_copies_no_cache(case, tiny_folder, kind, members):
     own, shapes = case(kind), weights.load_config(str(tiny_folder))
     first = lambda tree: jax.tree.map(lambda x: x[:members], tree)  # noqa: E731
     keys = rollout.member_keys(jnp.arange(members), jnp.zeros(members, jnp.int32))
-    draw, begin = programs.compile_program(own.program).draw, jnp.zeros(members, jnp.int32)
+    draw, begin = compile_program(own.program).draw, jnp.zeros(members, jnp.int32)
     text = draw.lower(first(own.params), (), first(own.hyper), own.frozen, keys, begin, 2).compile().as_text()
     place = text.index("ENTRY")
     cached = re.compile(rf"= f32\[[\d,]*\b{LENGTH},{shapes.head_width}\]\S* (copy|dynamic-update-slice)\(")
@@ -123,10 +128,10 @@ def test_the_loop_copies_no_cache(case, tiny_folder, kind, members):
 def test_an_opening_that_all_episodes_have_is_read_once(case, kind):
     """Beside the same opening written down twice, which nobody knows to be the same."""
     own = case(kind)
-    one = jax.tree.map(lambda x: x[:1], own.program.env.openings)
-    two = jax.tree.map(lambda x: np.repeat(x[:1], 2, axis=0), own.program.env.openings)
-    single, double = (own.program._replace(env=own.program.env._replace(openings=x)) for x in (one, two))
-    assert single.sharing(1) == EPISODES and double.sharing(1) == 1
+    one = jax.tree.map(lambda x: x[:1], own.program.task.env.openings)
+    two = jax.tree.map(lambda x: np.repeat(x[:1], 2, axis=0), own.program.task.env.openings)
+    single, double = (changed(own.program, env=own.program.task.env._replace(openings=x)) for x in (one, two))
+    assert rollout.shared_openings(single, 1) == EPISODES and rollout.shared_openings(double, 1) == 1
     assert_same_record(sample(single, own, 1), sample(double, own, 1))
 
 
@@ -138,9 +143,9 @@ def gradient(program, own, episodes=None, cost=scoring.PLAIN):
 
     @jax.jit
     def run(params, episodes):
-        *goals, _ = step.targets(program, episodes, rewards, hyper.kl_coef, hyper)
+        aims = targets(program, episodes, rewards, hyper.kl_coef, hyper)
         longest = episodes.mask.sum(-1).max()
-        return step.gradient(program, params, (), own.frozen, episodes, goals, hyper, longest, cost)
+        return objective.gradient(program, params, (), own.frozen, episodes, aims, hyper, longest, cost)
 
     return run(params, episodes)
 
@@ -161,12 +166,12 @@ def test_gradients_are_the_same_however_tokens_are_read(case, kind):
     read once for a group."""
     own = case(kind)
     expected = gradient(plain(own.program), own)
-    assert own.program.fused and optax.global_norm(expected[0]) > 0.1
-    several = own.program._replace(entries=300 * EPISODES * 4)
-    assert scoring.layout(several, (EPISODES, LENGTH), 300, scoring.PLAIN)[2:4] == (3, 4)
+    assert own.program.execution.scorer == FUSED and optax.global_norm(expected[0]) > 0.1
+    several = changed(own.program, chunk=300 * EPISODES * 4)
+    assert chunks.layout(several, (EPISODES, LENGTH), 300, scoring.PLAIN)[2:4] == (3, 4)
     assert_same_gradient(gradient(several, own, cost=scoring.Cost(group=2)), expected)
-    apart = several._replace(per_token=False)
-    assert not apart.fused and apart.parallel
+    apart = changed(several, per_token=False)
+    assert apart.execution.scorer == AT_ONCE
     assert_same_gradient(gradient(apart, own), expected)
 
 
@@ -175,7 +180,7 @@ def test_gradients_are_the_same_however_tokens_are_read(case, kind):
     {"rl__reduction": "sequence_mean", "sampling__temperature": 0.7}], ids=str)
 def test_gradients_of_other_losses_are_the_same_too(case, settings):
     own = case("head", **settings)
-    assert own.program.fused
+    assert own.program.execution.scorer == FUSED
     assert_same_gradient(gradient(own.program, own), gradient(plain(own.program), own))
 
 
@@ -183,8 +188,8 @@ def test_an_exact_kl_of_ones_own_is_differentiated(case):
     """Whatever its name, where all tokens are read before the loss is."""
     own = case("head")
     kl = estimators.build(KLConfig(estimator="own_pieces.exact_again", placement="loss"))
-    silent = own.program._replace(kl=kl, per_token=LOSSES.facts("own_pieces.reinforce")["per_token"])
-    assert not silent.fused and silent.parallel and LOSSES.facts("own_pieces.stated")["per_token"]
+    silent = changed(own.program, kl=kl, per_token=LOSSES.facts("own_pieces.reinforce")["per_token"])
+    assert silent.execution.scorer == AT_ONCE and LOSSES.facts("own_pieces.stated")["per_token"]
     assert_same_gradient(gradient(silent, own), gradient(plain(own.program), own))
 
 
@@ -194,7 +199,7 @@ def test_parts_of_a_minibatch_add_up(case):
     assert own.episodes.mask[1, :2].sum() != own.episodes.mask[1, 2:].sum()
     expected = gradient(own.program, own)
     for program in (own.program, plain(own.program)):
-        assert_same_gradient(gradient(program._replace(accumulate=2), own, cost=scoring.Cost(group=2)), expected)
+        assert_same_gradient(gradient(changed(program, accumulate=2), own, cost=scoring.Cost(group=2)), expected)
 
 
 @pytest.mark.parametrize("remat", ["layers", "products"])
@@ -221,11 +226,11 @@ def test_one_minibatch_needs_no_record_of_what_was_sampled(case, kind):
     """The whole update, where the record is made by its only minibatch, beside that of a plain program, which has the
     record before: the same parameters, metrics and record."""
     own = case(kind)
-    assert own.program.once and not plain(own.program).once
+    assert own.program.execution.update_records and not plain(own.program).execution.update_records
     keys, rewards = rollout.member_keys(jnp.arange(MEMBERS), jnp.full(MEMBERS, 3)), own.episodes.mask * 0.5
     results = []
     for program in (own.program, plain(own.program)):
-        run = programs.compile_program(program)
+        run = compile_program(program)
         state = run.init(own.frozen.base, jnp.arange(MEMBERS), own.hyper)
         state = state._replace(params=jax.tree.map(jnp.copy, own.params), iteration=state.iteration + 3)
         drawn = run.draw(own.params, (), own.hyper, own.frozen, keys, jnp.zeros(MEMBERS, jnp.int32), 2)
@@ -247,8 +252,8 @@ def test_minibatches_hold_whole_groups(case):
     own = case("head")
     count = optax.GradientTransformation(lambda params: jnp.int32(0), lambda grads, seen, params: (
         jax.tree.map(jnp.zeros_like, grads), seen + (optax.global_norm(grads) > 0)))
-    program = own.program._replace(minibatches=2, optimizer=count)
-    assert program.cost(MEMBERS) == scoring.Cost(group=2, members=MEMBERS)
+    program = changed(own.program, minibatches=2, optimizer=optax.with_extra_args_support(count))
+    assert scoring.cost_of_update(program, MEMBERS) == scoring.Cost(group=2, members=MEMBERS)
     params, hyper, episodes = jax.tree.map(lambda x: x[1], (own.params, own.hyper, own.episodes))
     hyper = hyper._replace(kl_coef=jnp.float32(0), entropy_coef=jnp.float32(0))
     rewards = jnp.zeros(episodes.mask.shape).at[0, 0].set(1.0)

@@ -22,7 +22,9 @@ from kl_reg import algorithms
 from kl_reg.algorithms import advantages, reductions
 from kl_reg.kl import budget as budgets
 from kl_reg.kl.estimators import KLConfig, build
-from kl_reg.training import scoring, step
+from kl_reg.kl.spends import SPENDS
+from kl_reg.training import objective, scoring
+from kl_reg.training.targets import targets
 from kl_reg.types import Frozen
 
 BUDGETS = [0.3, 1.0, 4.0]
@@ -171,18 +173,18 @@ def test_penalty_and_budget_together(estimator, placement, constrained, budget):
     log_prob = exact.log_prob[ROWS, SEQUENCES]
     episodes = episodes._replace(log_prob=jnp.float32(log_prob), log_ratio=jnp.float32(log_prob - log_base),
                                  kl=jnp.float32(exact.kl[ROWS]))
-    advantage, returns, price, _ = step.targets(prog, episodes, jnp.float32(rewards), settings.kl_coef, settings)
+    aims = targets(prog, episodes, jnp.float32(rewards), settings.kl_coef, settings)
 
     @jax.jit
     def loss(params):
         """Three times the mean over a sequence's tokens, weighted by its probability."""
         def sequence(*row):
-            episode, *target = jax.tree.map(lambda x: x[None], row)
-            weights = step.weights_of(prog, episode)
-            return step.objective(prog, params, (), Frozen(single(base)), episode, target, settings, jnp.int32(3),
-                                  weights, scoring.PLAIN)[0]
+            episode, target = jax.tree.map(lambda x: x[None], row)
+            weights = objective.weights_of(prog, episode)
+            return objective.objective(prog, params, (), Frozen(single(base)), episode, target, settings, jnp.int32(3),
+                                       weights, scoring.PLAIN)[0]
 
-        return 3 * (jnp.float32(exact.weight()) * jax.vmap(sequence)(episodes, advantage, returns, price)).sum()
+        return 3 * (jnp.float32(exact.weight()) * jax.vmap(sequence)(episodes, aims)).sum()
 
     grads = jax.grad(loss)(single(params))
     assert_close(np.append(grads["logits"], grads["neuron"]), -difference(value, params), 2e-3)
@@ -250,8 +252,8 @@ def test_the_gradient_of_a_sampled_amount_is_the_enumerated_one():
     process = Sampled(params, base, 1.0)
     weight, to_go = jnp.float32(process.weight()), jnp.cumsum(jnp.float32(rewards)[:, ::-1], axis=1)[:, ::-1]
     episodes = jax.tree.map(lambda x: x[JOINT[:, 0]], all_episodes())
-    episodes = episodes._replace(part=jnp.float32(AMOUNTS[JOINT[:, 1]] / LEVELS))
-    prog = program(True, spend="sampled", levels=LEVELS)
+    episodes = episodes._replace(fraction=jnp.float32(AMOUNTS[JOINT[:, 1]] / LEVELS))
+    prog = program(True, spend=SPENDS["sampled"](LEVELS))
     np.testing.assert_allclose(process.weight().sum(), 1.0)
     scores = score(prog, single(params), base, 1.0, episodes)
     np.testing.assert_allclose(scores.terms.log_prob, process.log_prob, rtol=1e-3, atol=1e-3)

@@ -24,7 +24,8 @@ from kl_reg.algorithms import advantages
 from kl_reg.kl import estimators
 from kl_reg.kl.estimators import ESTIMATORS, KLConfig, build
 from kl_reg.kl.spends import SPENDS
-from kl_reg.training import scoring, step
+from kl_reg.training import objective, scoring
+from kl_reg.training.targets import targets
 from kl_reg.types import Frozen, WeightedMetric
 
 CASES = [(name, *key) for name in ESTIMATORS.names() for key in ESTIMATORS[name].effects]
@@ -36,7 +37,7 @@ ADVANTAGE = jax.jit(advantages.ADVANTAGES["monte_carlo"])      # it is traced on
 
 def actions(spend):
     """Each joint sequence's number among the 27 of tokens, and its fractions as counts of `LEVELS` [n, 3]."""
-    if not SPENDS[spend].drawn:
+    if not SPENDS.facts(spend)["drawn"]:
         return np.arange(27), np.zeros((27, 3))
     pairs = np.array(list(itertools.product(range(27), range(len(COUNTS)))))
     return pairs[:, 0], COUNTS[pairs[:, 1]]
@@ -210,7 +211,7 @@ class Code:
         episodes = jax.tree.map(lambda x: x[sequence], all_episodes())
         self.settings = hyper(BUDGET, COEF)._replace(kl_token_budget=jnp.float32(CAP))
         self.around, frozen, caps = around, Frozen(single(around.base)), scoring.caps_of(self.settings)
-        episodes = episodes._replace(part=jnp.float32(counts / LEVELS))
+        episodes = episodes._replace(fraction=jnp.float32(counts / LEVELS))
         prog = self.program(build(KLConfig(direction="forward")))       # which forms both directions' KL
 
         @jax.jit
@@ -222,7 +223,7 @@ class Code:
         self.episodes = episodes._replace(**self.scores.terms._asdict())
 
     def program(self, kl):
-        return program(True, spend=self.around.spend, levels=LEVELS, kl=kl, normalise=False,
+        return program(True, spend=SPENDS[self.around.spend](LEVELS), kl=kl, normalise=False,
                        group=1, loss=algorithms.LOSSES["reinforce"], advantage=ADVANTAGE,
                        reduction=self.expectation)
 
@@ -235,10 +236,10 @@ class Code:
     def gradient(self, kl):
         """Of the coefficient's penalty alone, there being no other reward."""
         prog, hyper = self.program(kl), self.settings
-        *targets, _ = step.targets(prog, self.episodes, jnp.zeros(self.episodes.mask.shape), hyper.kl_coef, hyper)
-        loss = lambda scores: step.objective(  # noqa: E731
-            prog, scores, (), Frozen(()), self.episodes, targets, hyper, jnp.int32(3), step.Weights(1, 1),
-            scoring.PLAIN)[0]
+        aims = targets(prog, self.episodes, jnp.zeros(self.episodes.mask.shape), hyper.kl_coef, hyper)
+        loss = lambda scores: objective.objective(  # noqa: E731
+            prog, scores, (), Frozen(()), self.episodes, aims, hyper, jnp.int32(3), objective.Weights(
+                jnp.float32(1), jnp.float32(1)), scoring.PLAIN)[0]
         grads = self.back(jax.grad(loss)(self.scores))
         return np.append(grads["logits"], grads["neuron"]) / COEF
 
@@ -252,7 +253,7 @@ def way(request):
 @pytest.fixture(autouse=True)
 def scores_are_given(monkeypatch):
     """An objective is differentiated by the scores, and these by the parameters, once for all penalties."""
-    monkeypatch.setattr(step, "score", lambda program, params, *rest: params)
+    monkeypatch.setattr(objective, "score", lambda program, params, *rest: params)
 
 
 def is_near(one, other, part):
@@ -264,7 +265,8 @@ def test_each_penalty_descends_what_it_states_and_is_refused_where_that_is_no_di
     """Whether it is sound is read off the gradients: is it that of the episode's or the token's KL, in a direction?"""
     around, code = way
     direction, placement, reduction = case[1:]
-    kl = build(KLConfig(direction, case[0], placement, reduction, allow_biased=True, drawn=SPENDS[around.spend].drawn))
+    drawn = SPENDS.facts(around.spend)["drawn"]
+    kl = build(KLConfig(direction, case[0], placement, reduction, allow_biased=True, drawn=drawn))
     got = code.gradient(kl)
     assert is_near(got, descended(around, kl.effect.descends, case), 3e-3)
     assert any(is_near(got, x, 0.01) for x in around.sound) == (not kl.effect.refused)

@@ -1,5 +1,4 @@
 """What a batch is worth, and what is said of those that no function could judge."""
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +8,7 @@ from kl_reg.algorithms import advantages
 from kl_reg.envs.environment import Reply
 from kl_reg.training.rewarding import Judges, judge, judge_members
 from kl_reg.types import STUDENT, Episodes, Transcript
+from tests.programs import by_hand, changed
 
 
 def batch(*episodes, group=1, advantage=advantages.group_mean):
@@ -18,9 +18,9 @@ def batch(*episodes, group=1, advantage=advantages.group_mean):
     mask, nothing = np.ones((len(episodes), 2), bool), np.zeros(len(episodes), np.int32)
     transcript = Transcript(nothing[:, None], nothing[:, None], nothing[:, None], nothing)
     fields = dict.fromkeys(Episodes._fields, np.zeros(mask.shape, np.float32)) | {
-        "transcript": transcript, "mask": mask, "slot": np.tile([1, 2], (len(mask), 1)), "kept": None}
-    program = SimpleNamespace(env=SimpleNamespace(read=lambda transcript: turns), group=group, advantage=advantage)
-    return program, Episodes(**fields)
+        "transcript": transcript, "mask": mask, "slot": np.tile([1, 2], (len(mask), 1)), "allowed": None}
+    program = by_hand(group=group, advantage=advantage)
+    return changed(program, env=program.task.env._replace(read=lambda transcript: turns)), Episodes(**fields)
 
 
 def worth(judges, *episodes):
@@ -63,5 +63,5 @@ def test_an_advantage_that_would_count_what_was_not_judged_is_refused():
         program, episodes = batch(*texts, group=group, advantage=advantage)
         judge_members(program, judges, [episodes])
     program, episodes = batch(*"1?", group=2, advantage=five)
-    with pytest.raises(ValueError, match=r"rl.advantage='test_judging.*five' .* no argument `judged`.*extending.md"):
+    with pytest.raises(ValueError, match=r"rl.advantage='test_rewarding.*five' .* no argument `judged`.*extending.md"):
         judge_members(program, judges, [episodes])

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import jax
@@ -16,13 +15,18 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 from kl_reg import algorithms
 from kl_reg import config as configs
 from kl_reg.algorithms import advantages, reductions
-from kl_reg.kl import controllers
-from kl_reg.kl.estimators import KLConfig, build
+from kl_reg.kl import controllers, estimators
+from kl_reg.kl.estimators import KLConfig
 from kl_reg.pretrained import weights
+from kl_reg.program import Program
 from kl_reg.sampling import rollout
-from kl_reg.training import program as programs
-from kl_reg.training import scoring, step
+from kl_reg.training import objective, scoring, step
+from kl_reg.training.build import build
+from kl_reg.training.compile import compile_program
+from kl_reg.training.optimizer import safe_norm, schedule
+from kl_reg.training.targets import targets
 from kl_reg.types import Episodes, Frozen, Hyper, TrainState, Transcript
+from tests.programs import by_hand, changed, descending
 
 ITERATIONS = 11
 
@@ -30,7 +34,7 @@ ITERATIONS = 11
 class Group(NamedTuple):
     """Three members that differ in coefficient, budget and learning rate, and six episodes of each."""
 
-    program: programs.Program
+    program: Program
     frozen: Frozen
     params: dict
     hyper: Hyper
@@ -51,8 +55,8 @@ def group(tiny_folder):
     config.kl.budget, config.rl.iterations, config.rl.entropy_coef, config.optim.warmup = 1.0, ITERATIONS, 0.01, 3
     config.optim.max_grad_norm = 1e9
     static, hyper, _ = configs.split(config)
-    program = programs.build(static, model)
-    compiled = programs.compile_program(program)
+    program = build(static, model)
+    compiled = compile_program(program)
     hyper = jax.tree.map(lambda x: jnp.broadcast_to(x, (3,)), hyper)._replace(
         kl_coef=jnp.array([0.0, 0.1, 1.0]), kl_budget=jnp.array([1.0, 3.0, 10.0]),
         learning_rate=jnp.array([0.01, 0.03, 0.1]))
@@ -66,7 +70,7 @@ def group(tiny_folder):
     mask = episodes.mask & (jnp.arange(12)[None, None] < lengths)
     episodes = jax.tree.map(lambda x: x, episodes)._replace(mask=mask, **{
         name: jnp.where(mask, getattr(episodes, name), 0)
-        for name in ("slot", "action", "part", "log_prob", "log_ratio", "kl", "entropy", "value", "spent_before")})
+        for name in ("slot", "action", "fraction", "log_prob", "log_ratio", "kl", "entropy", "value", "spent_before")})
     rewards = jnp.where(mask, jnp.float32(rng.normal(0, 1, mask.shape)), 0.0)
     return Group(program, frozen, params, hyper, episodes, rewards)
 
@@ -75,13 +79,12 @@ SUM = optax.GradientTransformation(lambda params: jax.tree.map(jnp.zeros_like, p
     jax.tree.map(jnp.zeros_like, grads), jax.tree.map(jnp.add, state, grads)))
 """Moves nothing and keeps the sum of the gradients it was given as its state."""
 
-SGD = optax.identity()
 
-
-def fresh(group, optimizer):
+def fresh(group, program):
     """A state of the three members; `update` donates it."""
     params = jax.tree.map(jnp.copy, group.params)
-    return TrainState(params, jax.vmap(optimizer.init)(params), jnp.arange(3), jnp.zeros(3, jnp.int32))
+    opt_state = jax.vmap(program.algorithm.optimizer.init)(params)
+    return TrainState(params, opt_state, jnp.arange(3), jnp.zeros(3, jnp.int32))
 
 
 def member(tree, k):
@@ -101,13 +104,15 @@ def assert_close(got, expected, part):
     np.testing.assert_allclose(got, expected, rtol=part, atol=part * np.abs(expected).max())
 
 
-def gradient(program, group, episodes=None, rewards=None, k=1):
-    """The sum of the gradients that one update of member k hands to its optimizer."""
+def gradient(program, group, episodes=None, rewards=None, k=1, limit=1e9):
+    """The sum of the clipped gradients of one update of member k."""
     episodes = one(group.episodes, k) if episodes is None else episodes
     rewards = one(group.rewards, k) if rewards is None else rewards
-    update = jax.jit(partial(step.update, program._replace(optimizer=SUM)))
-    return update(one(fresh(group, SUM), k), one(group.hyper, k), group.frozen, episodes, rewards,
-                  episodes.mask.sum(-1).max())[0].opt_state
+    program = descending(program, SUM, limit)
+    new, *_ = jax.jit(partial(step.update, program))(
+        one(fresh(group, program), k), one(group.hyper, k), group.frozen, episodes, rewards,
+        episodes.mask.sum(-1).max())
+    return new.opt_state[1]         # that of the second transformation in the chain
 
 
 @pytest.fixture(scope="module")
@@ -121,18 +126,18 @@ def usual(group):
 @pytest.mark.parametrize("name", ["sgd", "adam"])
 def test_a_member_of_a_group_is_updated_as_alone(group, name):
     """Two updates on the same episodes. The change is compared, not the parameter; Adam amplifies rounding."""
-    optimizer, part = {"sgd": (SGD, 1e-4), "adam": (group.program.optimizer, 1e-2)}[name]
-    compiled = programs.compile_program(group.program._replace(optimizer=optimizer))
+    program, part = {"sgd": (descending(group.program), 1e-4), "adam": (group.program, 1e-2)}[name]
+    compiled = compile_program(program)
 
     def twice(state, *rest):
         for _ in range(2):
             state, *_ = compiled.update(state, *rest)
         return state
 
-    together = twice(fresh(group, optimizer), group.hyper, group.frozen, group.episodes, group.rewards)
+    together = twice(fresh(group, program), group.hyper, group.frozen, group.episodes, group.rewards)
     changes = jax.tree.map(jnp.subtract, together.params, group.params)
     for k in range(3):
-        alone = twice(member(fresh(group, optimizer), k), member(group.hyper, k), group.frozen,
+        alone = twice(member(fresh(group, program), k), member(group.hyper, k), group.frozen,
                       member(group.episodes, k), member(group.rewards, k))
         assert_close(member(together.params, k), alone.params, 1e-4)
         assert_close(member(changes, k), jax.tree.map(jnp.subtract, alone.params, member(group.params, k)), part)
@@ -144,12 +149,12 @@ def test_each_hyper_parameter_reaches_its_member(group):
     same = jax.tree.map(lambda x: jnp.stack([x[1]] * 3), group._replace(program=(), frozen=()))
     drift = jnp.float32(np.random.default_rng(0).normal(0, 0.2, (6, 12)))      # ratios other than 1, for the clip
     episodes = same.episodes._replace(log_prob=same.episodes.log_prob + jnp.where(same.episodes.mask, drift[None], 0))
-    state = TrainState(same.params, jax.vmap(SGD.init)(same.params), jnp.arange(3), jnp.zeros(3, jnp.int32))
-    changed = {"kl_coef": 2.0, "learning_rate": 0.5, "clip": 0.01, "entropy_coef": 0.5, "value_coef": 5.0,
+    program = descending(group.program)
+    state = fresh(group, program)._replace(params=same.params)
+    values = {"kl_coef": 2.0, "learning_rate": 0.5, "clip": 0.01, "entropy_coef": 0.5, "value_coef": 5.0,
                "discount": 0.5, "gae_lambda": 0.2}
-    program = group.program._replace(optimizer=SGD)
     update = jax.jit(jax.vmap(partial(step.update, program), in_axes=(0, 0, None, 0, 0, None)))
-    for name, value in changed.items():
+    for name, value in values.items():
         hyper = same.hyper._replace(**{name: getattr(same.hyper, name).at[1].set(value)})
         params = update(state, hyper, group.frozen, episodes, same.rewards, jnp.int32(12))[0].params
         np.testing.assert_allclose(vector(one(params, 0)), vector(one(params, 2)), rtol=1e-6)
@@ -158,8 +163,8 @@ def test_each_hyper_parameter_reaches_its_member(group):
 
 def test_the_value_head_may_have_a_learning_rate_of_its_own(group):
     """Plain descent along gradients g: everything by -0.1 g, but the value head by -0.4 g."""
-    program = group.program._replace(optimizer=SGD, warmup=1, iterations=2, final=1.0, epochs=1)
-    state = TrainState(group.params, jax.vmap(SGD.init)(group.params), jnp.arange(3), jnp.zeros(3, jnp.int32))
+    program = descending(group.program, learning_rate=optax.constant_schedule(1.0))
+    state = fresh(group, program)
     update = jax.jit(jax.vmap(partial(step.update, program), in_axes=(0, 0, None, 0, 0, None)))
 
     def change(**rates):
@@ -200,7 +205,7 @@ def test_an_epoch_of_minibatches_sees_every_episode_once(group):
     mask = jnp.broadcast_to(jnp.arange(12) < 1, (6, 12))
     episodes, rewards = one(group.episodes)._replace(mask=mask), jnp.where(mask, one(group.rewards), 0.0)
     whole = gradient(group.program, group, episodes, rewards)
-    parts = gradient(group.program._replace(epochs=2, minibatches=3), group, episodes, rewards)
+    parts = gradient(changed(group.program, epochs=2, minibatches=3), group, episodes, rewards)
     assert_close(parts, jax.tree.map(lambda x: 2 * 3 * x, whole), 1e-4)
 
 
@@ -209,8 +214,8 @@ def test_an_epoch_of_minibatches_sees_every_episode_once(group):
 def test_an_episode_that_was_not_judged_adds_nothing(group):
     """As if it were not in the batch, whatever its rewards say, with a loss that imitates what has no advantage and a
     reduction that counts episodes; and far from the policy that drew it."""
-    program = group.program._replace(loss=algorithms.LOSSES["awr"], normalise=True,
-                                     reduction=reductions.REDUCTIONS["fixed_length"])
+    program = changed(group.program, loss=algorithms.LOSSES["awr"], normalise=True,
+                      reduction=reductions.REDUCTIONS["fixed_length"])
     episodes, rewards, others = one(group.episodes), one(group.rewards).at[2].set(100.0), jnp.array([0, 1, 3, 4, 5])
     episodes = episodes._replace(log_prob=episodes.log_prob.at[2].add(-200.0))
     expected = gradient(program, group, *jax.tree.map(lambda x: x[others], (episodes, rewards)))
@@ -219,10 +224,10 @@ def test_an_episode_that_was_not_judged_adds_nothing(group):
 
 def test_where_nothing_was_judged_nothing_moves(group):
     """Not even by what the optimizer remembers, nor the KL coefficient; but the next iteration is another one."""
-    program = group.program._replace(controller=controllers.CONTROLLERS["pi"](ITERATIONS, 6), minibatches=2)
+    program = changed(group.program, controller=controllers.CONTROLLERS["pi"](ITERATIONS, 6), minibatches=2)
     episodes, hyper, params = one(group.episodes), one(group.hyper), jax.tree.map(jnp.copy, one(group.params))
-    memory = jax.tree.map(lambda x: x + 1, program.optimizer.init(params))
-    state = TrainState(params, memory, jnp.int32(0), jnp.int32(3), program.controller.init(hyper))
+    memory = jax.tree.map(lambda x: x + 1, program.algorithm.optimizer.init(params))
+    state = TrainState(params, memory, jnp.int32(0), jnp.int32(3), program.algorithm.controller.init(hyper))
     update = jax.jit(partial(step.update, program))
     for judged in (jnp.zeros(6, bool), jnp.ones(6, bool)):
         new, metrics, *_ = update(state, hyper, group.frozen, episodes._replace(judged=judged), one(group.rewards),
@@ -240,17 +245,16 @@ def settings(learning_rate=1e-3):
     return jax.tree.map(jnp.float32, values)
 
 
-def by_hand(estimator, placement, normalise=False):
+def one_episode(estimator, placement, normalise=False):
     """Advantages, returns and factor of one episode of three tokens, coefficient 2, behind it a padded position."""
-    program = SimpleNamespace(kl=build(KLConfig(estimator=estimator, placement=placement)), normalise=normalise,
-                              group=1, axis=None, advantage=advantages.ADVANTAGES["monte_carlo"])
+    program = by_hand(kl=estimators.build(KLConfig(estimator=estimator, placement=placement)), normalise=normalise)
     row = lambda *x: jnp.array([x], jnp.float32)  # noqa: E731
     zero, whole = row(0, 0, 0, 0), jnp.zeros((1, 4), jnp.int32)
     fields = dict.fromkeys(Episodes._fields, zero) | {
         "transcript": Transcript(whole, whole, whole, jnp.zeros(1, jnp.int32)), "slot": whole, "action": whole,
         "mask": jnp.array([[True, True, True, False]]), "log_ratio": row(0.5, -0.1, 0.2, 0),
         "kl": row(0.1, 0.2, 0.3, 0), "judged": jnp.ones(1, bool)}
-    return step.targets(program, Episodes(**fields), row(1, 2, 3, 0), jnp.float32(2.0), settings())[:3]
+    return targets(program, Episodes(**fields), row(1, 2, 3, 0), jnp.float32(2.0), settings())[:3]
 
 
 @pytest.mark.parametrize("estimator, placement, expected", [
@@ -258,7 +262,7 @@ def by_hand(estimator, placement, normalise=False):
     ("exact", "loss", [6, 5, 3]),
     ("k1", "reward", [6 - 2 * 0.6, 5 - 2 * 0.1, 3 - 2 * 0.2])])                   # r_t - c L_t
 def test_penalty_in_the_reward(estimator, placement, expected):
-    advantage, returns, coef = by_hand(estimator, placement)
+    advantage, returns, coef = one_episode(estimator, placement)
     np.testing.assert_allclose(advantage[0], [*expected, 0], rtol=1e-6)
     np.testing.assert_allclose(returns, advantage)
     assert coef == 2.0
@@ -266,7 +270,7 @@ def test_penalty_in_the_reward(estimator, placement, expected):
 
 def test_normalised_advantages_and_the_factor():
     """Mean 0 and deviation 1 over the tokens that exist; the loss's KL is scaled as the reward's."""
-    plain, (advantage, returns, coef) = by_hand("exact", "full"), by_hand("exact", "full", True)
+    plain, (advantage, returns, coef) = one_episode("exact", "full"), one_episode("exact", "full", True)
     values = np.asarray(plain[0])[0, :3]
     np.testing.assert_allclose(advantage[0, :3], (values - values.mean()) / values.std(), rtol=1e-4)
     np.testing.assert_allclose(coef, 2 / values.std(), rtol=1e-4)
@@ -275,35 +279,31 @@ def test_normalised_advantages_and_the_factor():
 
 @pytest.mark.parametrize("iteration, part", [(0, 1 / 3), (1, 2 / 3), (2, 1.0), (6, 0.55), (10, 0.1), (11, 0.1)])
 def test_learning_rate_warms_up_and_decays(iteration, part):
-    program = SimpleNamespace(warmup=3, iterations=11, final=0.1)
-    rate = step.learning_rate(program, settings(learning_rate=0.02), jnp.int32(iteration))
-    np.testing.assert_allclose(rate, 0.02 * part, rtol=1e-5)
+    np.testing.assert_allclose(schedule(warmup=3, final=0.1, iterations=11)(jnp.int32(iteration)), part, rtol=1e-5)
 
 
 @pytest.mark.parametrize("warmup, iterations, iteration, part", [(1, 5, 0, 1.0), (1, 5, 4, 0.1), (1, 1, 0, 1.0),
                                                                 (5, 5, 4, 1.0)])
 def test_learning_rate_of_short_runs(warmup, iterations, iteration, part):
-    program = SimpleNamespace(warmup=warmup, iterations=iterations, final=0.1)
-    rate = step.learning_rate(program, settings(learning_rate=1.0), jnp.int32(iteration))
-    np.testing.assert_allclose(rate, part, rtol=1e-5)
+    np.testing.assert_allclose(schedule(warmup, 0.1, iterations)(jnp.int32(iteration)), part, rtol=1e-5)
 
 
-def objective(program, params, frozen, episodes, targets, hyper):
+def whole_objective(program, params, frozen, episodes, aims, hyper):
     """Of a whole minibatch."""
     @jax.jit
     def whole(*args):
-        weights = step.weights_of(program, episodes)
-        return step.objective(program, params, (), frozen, *args, jnp.int32(12), weights, scoring.PLAIN)
+        weights = objective.weights_of(program, episodes)
+        return objective.objective(program, params, (), frozen, *args, jnp.int32(12), weights, scoring.PLAIN)
 
-    return whole(episodes, targets, hyper)
+    return whole(episodes, aims, hyper)
 
 
 def test_objective_at_the_recorded_parameters(group):
     """The ratio is 1, so every term is a mean over tokens of what was recorded."""
     episodes, hyper, rewards = one(group.episodes), one(group.hyper), one(group.rewards)
-    *targets, _ = step.targets(group.program, episodes, rewards, hyper.kl_coef, hyper)
-    total, (parts, scores) = objective(group.program, one(group.params), group.frozen, episodes, targets, hyper)
-    advantage, returns, coef = (np.asarray(x) for x in targets)
+    aims = targets(group.program, episodes, rewards, hyper.kl_coef, hyper)
+    total, (parts, scores) = whole_objective(group.program, one(group.params), group.frozen, episodes, aims, hyper)
+    advantage, returns, coef, _ = (np.asarray(x) for x in aims)
     mask = np.asarray(episodes.mask)
     assert 12 < mask.sum() < 60
     mean = lambda x: np.asarray(x)[mask].mean()  # noqa: E731
@@ -323,13 +323,13 @@ def test_each_group_has_its_own_advantages_and_price():
     """Two groups of two episodes of one token, the KL in the loss: the advantages of a group have deviation 1 (TRL's,
     over g - 1, plus 1e-4). The KL of its episodes is multiplied by the same factor and by (g - 1) / g: an episode is
     half of its own baseline."""
-    program = SimpleNamespace(kl=build(KLConfig(estimator="exact", placement="loss")), normalise=False, group=2,
-                              axis=None, advantage=advantages.ADVANTAGES["group"])
+    program = by_hand(kl=estimators.build(KLConfig(estimator="exact", placement="loss")), group=2,
+                      advantage=advantages.ADVANTAGES["group"])
     rewards, zero, whole = jnp.array([[1.0], [3.0], [5.0], [15.0]]), jnp.zeros((4, 1)), jnp.zeros((4, 1), jnp.int32)
     fields = dict.fromkeys(Episodes._fields, zero) | {
         "transcript": Transcript(whole, whole, whole, jnp.zeros(4, jnp.int32)), "slot": whole, "action": whole,
         "mask": jnp.ones((4, 1), bool), "judged": jnp.ones(4, bool)}
-    advantage, _, price, scale = step.targets(program, Episodes(**fields), rewards, jnp.float32(2.0), settings())
+    advantage, _, price, scale = targets(program, Episodes(**fields), rewards, jnp.float32(2.0), settings())
     factors = 1 / (np.sqrt(2) + 1e-4), 1 / (np.sqrt(50) + 1e-4)
     np.testing.assert_allclose(advantage[:, 0], np.array([-1, 1, -5, 5]) * np.repeat(factors, 2), rtol=1e-5)
     np.testing.assert_allclose(price, 2 * np.repeat(factors, 2) / 2, rtol=1e-5)
@@ -342,9 +342,9 @@ def test_an_iteration_ends_early_at_a_distance_from_the_sampling_policy(group, l
     hyper = one(group.hyper)._replace(stop_kl=jnp.float32(limit), learning_rate=jnp.float32(1.0))
 
     def update(epochs):
-        program = group.program._replace(optimizer=SGD, epochs=epochs)
-        return jax.jit(partial(step.update, program))(one(fresh(group, SGD)), hyper, group.frozen, one(group.episodes),
-                                                      one(group.rewards), jnp.int32(12))
+        program = changed(descending(group.program), epochs=epochs)
+        return jax.jit(partial(step.update, program))(
+            one(fresh(group, program)), hyper, group.frozen, one(group.episodes), one(group.rewards), jnp.int32(12))
 
     stopped, expected = update(3), update(same_as)
     moved = [jax.tree.map(jnp.subtract, state.params, one(group.params)) for state in (stopped[0], expected[0])]
@@ -356,16 +356,16 @@ def test_an_iteration_ends_early_at_a_distance_from_the_sampling_policy(group, l
 def test_all_parts_of_the_loss_are_reduced_as_the_algorithm_says(group):
     """Sums over tokens per slot of the episodes, instead of per token."""
     episodes, hyper, rewards = one(group.episodes), one(group.hyper), one(group.rewards)
-    *goals, _ = step.targets(group.program, episodes, rewards, hyper.kl_coef, hyper)
+    aims = targets(group.program, episodes, rewards, hyper.kl_coef, hyper)
     count = float(episodes.mask.sum())
-    totals = [objective(group.program._replace(reduction=reductions.REDUCTIONS[name]), one(group.params), group.frozen,
-                        episodes, goals, hyper)[0] for name in ("token_mean", "fixed_length")]
+    totals = [whole_objective(changed(group.program, reduction=reductions.REDUCTIONS[name]), one(group.params),
+                              group.frozen, episodes, aims, hyper)[0] for name in ("token_mean", "fixed_length")]
     np.testing.assert_allclose(totals[1], totals[0] * count / (6 * 12), rtol=1e-5)
 
 
 def test_reinforce_is_the_score_weighted_with_the_return_to_go(group):
-    program = group.program._replace(loss=algorithms.LOSSES["reinforce"],
-                                     advantage=advantages.ADVANTAGES["monte_carlo"], normalise=False)
+    program = changed(group.program, loss=algorithms.LOSSES["reinforce"],
+                      advantage=advantages.ADVANTAGES["monte_carlo"], normalise=False)
     episodes, rewards, mask = one(group.episodes, 0), np.asarray(one(group.rewards, 0)), one(group.episodes.mask, 0)
     hyper = one(group.hyper, 0)._replace(value_coef=jnp.float32(0), entropy_coef=jnp.float32(0))
     to_go = np.zeros_like(rewards)
@@ -384,15 +384,16 @@ def test_reinforce_is_the_score_weighted_with_the_return_to_go(group):
 
 def test_update_moves_against_the_gradient_at_the_scheduled_rate(group, usual):
     """One epoch of plain gradient descent; iteration 0 of a warm-up of three."""
-    program = group.program._replace(optimizer=SGD)
+    program = descending(group.program)
     state, metrics, *_ = jax.jit(partial(step.update, program))(
-        one(fresh(group, SGD)), one(group.hyper), group.frozen, one(group.episodes), one(group.rewards), jnp.int32(12))
+        one(fresh(group, program)), one(group.hyper), group.frozen, one(group.episodes), one(group.rewards),
+        jnp.int32(12))
     np.testing.assert_allclose(metrics["optim/learning_rate"], 0.03 / 3, rtol=1e-6)
     expected = jax.tree.map(lambda g: -0.01 * g, usual)
     assert_close(jax.tree.map(jnp.subtract, state.params, one(group.params)), expected, 1e-3)
     np.testing.assert_allclose(metrics["optim/grad_norm"], np.linalg.norm(vector(usual)), rtol=1e-4)
     episodes, rewards, hyper = one(group.episodes), one(group.rewards), one(group.hyper)
-    *_, factor = step.targets(program, episodes, rewards, hyper.kl_coef, hyper)
+    *_, factor = targets(program, episodes, rewards, hyper.kl_coef, hyper)
     np.testing.assert_allclose(metrics["advantage/factor_max"], factor.max(), rtol=1e-5)
     assert int(state.iteration) == 1
 
@@ -400,33 +401,34 @@ def test_update_moves_against_the_gradient_at_the_scheduled_rate(group, usual):
 def test_explained_variance_by_hand():
     values, returns = jnp.array([[1.0, 2.0, 9.0]]), jnp.array([[2.0, 4.0, 7.0]])
     mask = jnp.array([[True, True, False]])
-    np.testing.assert_allclose(step._explained(values, returns, mask), 1 - 0.25 / 1.0)
-    np.testing.assert_allclose(step._explained(returns, returns, mask), 1.0)
+    np.testing.assert_allclose(step._explained(values, returns, mask, None), 1 - 0.25 / 1.0)
+    np.testing.assert_allclose(step._explained(returns, returns, mask, None), 1.0)
 
 
 def test_the_norm_of_enormous_and_of_tiny_gradients():
     """As k3 has them at 80 nats, whose squares are no float32."""
     tree = {"a": jnp.array([3e34, 0.0]), "b": jnp.array(-4e34)}
-    for norm in (step.safe_norm, jax.jit(step.safe_norm)):
+    for norm in (safe_norm, jax.jit(safe_norm)):
         np.testing.assert_allclose(norm(tree), 5e34, rtol=1e-6)
     several = jax.tree.map(lambda x: jnp.stack([x, x / 1e34, x * jnp.nan, x / 1e34 * 1e-24]), tree)
-    np.testing.assert_allclose(jax.vmap(step.safe_norm)(several), [5e34, 5.0, np.nan, 5e-24], rtol=1e-6)
-    assert step.safe_norm({"a": jnp.zeros(3)}) == 0.0
+    np.testing.assert_allclose(jax.vmap(safe_norm)(several), [5e34, 5.0, np.nan, 5e-24], rtol=1e-6)
+    assert safe_norm({"a": jnp.zeros(3)}) == 0.0
 
 
 def test_gradients_are_clipped_to_the_norm(group, usual):
     """To a tenth of their norm, and not below it."""
     norm = np.linalg.norm(vector(usual))
     for part in (0.1, 2.0):
-        clipped = gradient(group.program._replace(max_grad_norm=part * float(norm)), group)
+        clipped = gradient(group.program, group, limit=part * float(norm))
         assert_close(clipped, jax.tree.map(lambda x, part=part: min(part, 1.0) * x, usual), 1e-4)
-    assert_close(gradient(group.program._replace(max_grad_norm=None), group), usual, 1e-6)
+    assert_close(gradient(group.program, group, limit=None), usual, 1e-6)
 
 
 def test_nothing_is_kept_of_the_unembedding_for_each_position(group):
     """What the scan over positions closes over is no residual of it: of a real vocabulary that would be gigabytes."""
-    update = programs.compile_program(group.program._replace(optimizer=SGD)).update
-    jaxpr = jax.make_jaxpr(update)(fresh(group, SGD), group.hyper, group.frozen, group.episodes, group.rewards)
+    program = descending(group.program)
+    update = compile_program(program).update
+    jaxpr = jax.make_jaxpr(update)(fresh(group, program), group.hyper, group.frozen, group.episodes, group.rewards)
     kept = (group.rewards.shape[-1], *group.frozen.base["embed"].shape)
     shapes = {var.aval.shape for inner in every_jaxpr(jaxpr.jaxpr) for eqn in inner.eqns for var in eqn.outvars}
     assert kept[1:] in {x.shape for x in jax.tree.leaves(group.frozen)} and (3, 6, 300) in shapes
@@ -440,3 +442,15 @@ def every_jaxpr(jaxpr):
     for inner in params:
         if isinstance(inner, ClosedJaxpr | Jaxpr):
             yield from every_jaxpr(inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner)
+
+
+@pytest.mark.parametrize("changes, says", [
+    ({"loss": lambda log_prob, *rest: -log_prob.sum()}, "rl.loss must return one number for each token"),
+    ({"advantage": lambda rewards, values, mask, *rest: (rewards.sum(1), rewards, jnp.ones(()))},
+     r"rl.advantage must return \(advantages \[g, k\]")])
+def test_a_piece_that_returns_another_shape_is_one_error(group, changes, says):
+    """It would be broadcast, and descend something else."""
+    update = partial(step.update, changed(group.program, **changes))
+    with pytest.raises(ValueError, match=says):
+        jax.eval_shape(update, one(fresh(group, group.program)), one(group.hyper), group.frozen, one(group.episodes),
+                       one(group.rewards), jnp.int32(12))

@@ -2,18 +2,15 @@
 from __future__ import annotations
 
 import itertools
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
 from kl_reg import config as configs
-from kl_reg.kl.estimators import KLConfig, build
 from kl_reg.policies.interface import Policy, Reading
-from kl_reg.references import kinds as references
-from kl_reg.types import AGENT, OPENING, Episodes, Sampling, Transcript
+from kl_reg.types import AGENT, OPENING, Episodes, Transcript
+from tests.programs import by_hand
 
 SEQUENCES = np.array(list(itertools.product(range(3), repeat=3)))
 ROWS = np.stack([np.zeros(27, int), 1 + SEQUENCES[:, 0], 4 + 3 * SEQUENCES[:, 0] + SEQUENCES[:, 1]], axis=1)
@@ -36,11 +33,7 @@ def program(constrained, **settings):
         return Reading(base[features], logits - base[features], jnp.zeros(features.shape), jax.nn.sigmoid(neuron))
 
     policy = Policy(None, None, None, lambda params, base, episodes, group: episodes.features, None, read, False, True)
-    plain = {"kl": build(KLConfig()), "spend": "neuron", "levels": 4, "carry": False, "sampling": Sampling(),
-             "reference": references.base(ConfigDict(), policy, Sampling(), None), "parallel": False, "fused": False,
-             "once": False}
-    return SimpleNamespace(policy=policy, env=SimpleNamespace(length=3), constrained=constrained, axis=None,
-                           **plain | settings)
+    return by_hand(policy, constrained=constrained, **settings)
 
 
 def hyper(budget, kl_coef=0.0):
@@ -55,7 +48,7 @@ def all_episodes():
     transcript = Transcript(np.insert(SEQUENCES, 0, 0, axis=1), np.tile([OPENING] + [AGENT] * 3, (27, 1)),
                             np.tile([-1, 0, 0, 0], (27, 1)), np.zeros(27, int))
     fields = dict.fromkeys(Episodes._fields, nothing) | {
-        "transcript": transcript, "features": ROWS, "reference": (), "kept": None, "slot": slot, "action": SEQUENCES,
+        "transcript": transcript, "features": ROWS, "reference": (), "allowed": None, "slot": slot, "action": SEQUENCES,
         "mask": np.ones((27, 3), bool), "asked": np.zeros(27, bool), "judged": np.ones(27, bool)}
     return jax.tree.map(jnp.asarray, Episodes(**fields))
 

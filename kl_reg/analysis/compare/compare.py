@@ -16,8 +16,10 @@ from kl_reg.analysis.compare.divergence import Writer, meanings, measure, summar
 from kl_reg.analysis.report.conditions import Setting, settings
 from kl_reg.envs.environment import Environment
 from kl_reg.pretrained import embeddings, folders, tokenizer
+from kl_reg.program import replace
 from kl_reg.runs import directory as run_directory
 from kl_reg.runs import log as run_log
+from kl_reg.sampling.agent_step import AgentState
 from kl_reg.training import member_groups, scoring
 from kl_reg.types import OPENING, PAD, Transcript
 
@@ -97,7 +99,7 @@ def held_out(side: compared.Side, count: int, seed: int) -> Transcript:
     lines = (folders.EMBEDDED / "held_out.jsonl").read_text(encoding="utf-8").splitlines()
     if count > len(lines):
         raise ValueError(f"--episodes {count}: there are {len(lines)} held-out conversations")
-    env, env_settings, vocabulary = side.teams[0].program.env, side.config.env, tokenizer.load(side.model.folder)
+    env, env_settings, vocabulary = side.teams[0].program.task.env, side.config.env, tokenizer.load(side.model.folder)
     ids = {name: tokenizer.encode(vocabulary, env_settings[name]) for name in ("end", "teacher", "student")}
     opening = tokenizer.opening(vocabulary, compared.special_tokens(vocabulary, env_settings.opening)
                                 + env_settings.teacher)
@@ -139,14 +141,14 @@ def _attribute(env: Environment, tokens, lengths, width):
 
 def _row(pair, match, transcript, seed, speaker, functions):
     """One line of the report: two policies on one set of transcripts."""
-    env = pair[speaker].teams[0].program.env
+    env = pair[speaker].teams[0].program.task.env
     for side in pair:
         if transcript.tokens.shape[1] > side.model.config.max_position:
             raise ValueError(f"transcripts of {transcript.tokens.shape[1]} tokens do not fit into the context of "
                              f"{side.name}, {side.model.config.max_position}")
     places = [side.place(number) for side, number in zip(pair, match, strict=True)]
     teams = [side.teams[team] for side, (team, _) in zip(pair, places, strict=True)]
-    programs = tuple(team.program._replace(env=env) for team in teams)
+    programs = tuple(replace(team.program, task=team.program.task._replace(env=env)) for team in teams)
     both = tuple(team for team, _ in places)
     if both not in functions:
         functions[both] = jax.jit(partial(measure, programs))
@@ -184,7 +186,7 @@ def settings_of(workdir: storage.Path) -> list[Setting]:
 def writer_of(team: compared.Team, i: int) -> Writer:
     """A team's i-th member."""
     params, memory, hyper = jax.tree.map(lambda x: x[i], (team.params, team.memory, team.hyper))
-    return Writer(params, memory, team.frozen, scoring.caps_of(hyper))
+    return Writer(AgentState(params, memory, scoring.caps_of(hyper)), team.frozen)
 
 
 def batched(function: Callable, transcript: Transcript, key: Array) -> np.ndarray:
@@ -204,7 +206,7 @@ def batched(function: Callable, transcript: Transcript, key: Array) -> np.ndarra
 
 
 def _drawn(pair):
-    return any(team.program.kl.config.drawn for side in pair for team in side.teams)
+    return any(team.program.algorithm.kl.config.drawn for side in pair for team in side.teams)
 
 
 def _named(side):

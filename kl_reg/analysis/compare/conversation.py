@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 from kl_reg.analysis.compare.policies import Team, keys_of
 from kl_reg.envs.environment import Environment
 from kl_reg.pretrained import embeddings, tokenizer
+from kl_reg.program import Program, replace
 from kl_reg.sampling import rollout
 from kl_reg.training import scoring
 from kl_reg.types import AGENT, FORCED, PAD, Openings
@@ -64,8 +65,10 @@ def compile_policy(team: Team, shown: Callable) -> Policy:
     Args:
         shown: from the `TokenTerms` of a token of the agent to the nats that are shown of it.
     """
-    policy = team.program.policy._replace(alone=None)       # what is shown of a token is wanted at once
-    program, frozen = team.program._replace(policy=policy), team.frozen._replace(base=_apart(team.frozen.base))
+    agent = team.program.agent
+    policy = agent.policy._replace(alone=None)          # what is shown of a token is wanted at once
+    program = replace(team.program, agent=agent._replace(policy=policy))
+    frozen = team.frozen._replace(base=_apart(team.frozen.base))
     start = jax.jit(partial(_start, program))
     following = jax.jit(partial(_following, program, shown), donate_argnums=1)
 
@@ -76,7 +79,7 @@ def compile_policy(team: Team, shown: Callable) -> Policy:
         fixed, openings, carry = start(team.params, team.memory, frozen, scoring.caps_of(team.hyper), keys(seed, 0))
         fixed = fixed._replace(params=team.params, memory=team.memory, frozen=frozen)
         following(fixed, jax.tree.map(jnp.copy, carry), jnp.int32(0), jnp.full((1, 1), -1))
-        role, _ = program.env.turn(program.env.reset())
+        role, _ = program.task.env.turn(program.task.env.reset())
         return Moment(fixed, carry, 0, int(role), 0.0), openings.tokens[0, 0, int(openings.start[0, 0]):].tolist()
 
     def add(moment, said=-1):
@@ -102,18 +105,18 @@ def _together(frozen):
     return frozen._replace(base=frozen.base | {"layers": layers})
 
 
-def _start(program, params, memory, frozen, caps, keys):
+def _start(program: Program, params, memory, frozen, caps, keys):
     """The beginning, without what is large and was given."""
-    chosen = rollout.choose_openings(program.env.openings, keys)
+    chosen = rollout.choose_openings(program.task.env.openings, keys)
     fixed, openings, carry = rollout.begin(program, params, memory, _together(frozen), caps, keys, chosen)
     return fixed._replace(params=(), memory=(), frozen=()), openings, carry
 
 
-def _following(program, shown, fixed, carry, position, said):
+def _following(program: Program, shown, fixed, carry, position, said):
     """One step: the token, who is next, and what has been spent."""
     fixed = fixed._replace(frozen=_together(fixed.frozen))
     carry, new = rollout.step(program, fixed, carry, position, said)
-    role, _ = jax.vmap(jax.vmap(program.env.turn))(carry.env)
+    role, _ = jax.vmap(jax.vmap(program.task.env.turn))(carry.env)
     spoken = Spoken(new.token, new.role, jnp.where(new.role == AGENT, shown(new.terms), 0.0))
     return carry, (spoken, jnp.where(carry.over, PAD, role), carry.ledger.spent)
 

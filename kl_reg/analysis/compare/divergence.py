@@ -16,10 +16,11 @@ from jaxtyping import Array, Float
 
 from kl_reg.analysis.report.stats import t_interval
 from kl_reg.kl import budget
-from kl_reg.kl.budget import Caps
 from kl_reg.kl.divergences import DIVERGENCES
 from kl_reg.policies.actor import Situation
-from kl_reg.sampling import action as actions
+from kl_reg.program import Program
+from kl_reg.sampling.action import pack
+from kl_reg.sampling.agent_step import AgentState, At, choose, look, settle
 from kl_reg.types import AGENT, Frozen, Transcript
 
 QUANTITIES = {"kl_ab": ("kl", "D(A‖B)", "nats"), "kl_ba": ("forward_kl", "D(B‖A)", "nats"),
@@ -31,18 +32,14 @@ QUANTITIES = {"kl_ab": ("kl", "D(A‖B)", "nats"), "kl_ba": ("forward_kl", "D(B�
 class Writer(NamedTuple):
     """One policy: what its next token depends on, beside its program and the transcript."""
 
-    params: object
-    memory: object                 # of its reference
+    agent: AgentState              # its hard limits without an axis of episodes
     frozen: Frozen
-    caps: Caps
 
 
-class At(NamedTuple):
-    """One agent token of each episode, all [b]; `position` counts the tokens of the episode before it."""
+class Token(NamedTuple):
+    """One agent token of each episode, all [b]."""
 
-    position: Array
-    mask: Array
-    turn: Array
+    at: At
     action: Array
     key: Array
 
@@ -63,45 +60,45 @@ def measure(programs: tuple, writers: tuple[Writer, Writer], transcript: Transcr
     """
     functions = [DIVERGENCES[name] for name, _, _ in QUANTITIES.values()]
 
-    def divergences(at, first, second):
+    def divergences(token, first, second):
         return jax.vmap(lambda p, q: jnp.stack([function(p, q) for function in functions]))(first, second)
 
     return _along(programs, writers, transcript, keys, divergences)
 
 
-def log_prob(program, writer: Writer, transcript: Transcript, keys: Array) -> Float[Array, " b"]:
+def log_prob(program: Program, writer: Writer, transcript: Transcript, keys: Array) -> Float[Array, " b"]:
     """log-probability of all that the agent wrote in these episodes, had this policy been the agent; nats.
 
     Args:
         program, transcript, keys: see `measure`.
     """
-    def said(at, log_probs):
-        return jnp.take_along_axis(log_probs, at.action[:, None], axis=1)
+    def said(token, log_probs):
+        return jnp.take_along_axis(log_probs, token.action[:, None], axis=1)
 
     return _along((program,), (writer,), transcript, keys, said)[..., 0].sum(1)
 
 
 def _along(programs, writers, transcript, keys, numbers_of: Callable) -> Float[Array, "b t n"]:
-    """numbers_of(at, log-probabilities [b, v] of each policy) -> [b, n], at each agent token behind the opening."""
-    width = transcript.tokens.shape[1] - programs[0].env.length
+    """numbers_of(token, log-probabilities [b, v] of each policy) -> [b, n], at each agent token behind the opening."""
+    width = transcript.tokens.shape[1] - programs[0].task.env.length
     agent = transcript.roles[:, width:] == AGENT
     order = jnp.argsort(~agent, axis=1, stable=True)
     take = lambda x: jnp.take_along_axis(x, order.reshape(*order.shape, *[1] * (x.ndim - 2)), axis=1)  # noqa: E731
-    stream = At(order, take(agent), take(transcript.turns[:, width:]), take(transcript.tokens[:, width:]),
-                jax.vmap(lambda key, row: jax.vmap(jax.random.fold_in, (None, 0))(key, row))(keys, order))
+    stream = Token(At(order, take(transcript.turns[:, width:]), take(agent)), take(transcript.tokens[:, width:]),
+                   jax.vmap(lambda key, row: jax.vmap(jax.random.fold_in, (None, 0))(key, row))(keys, order))
     read_from = [jax.tree.map(take, inputs(program, writer, transcript, width))
                  for program, writer in zip(programs, writers, strict=True)]
 
-    def read(ledgers, at, read_from):
-        new = [_next(*side, at) for side in zip(programs, writers, ledgers, read_from, strict=True)]
+    def read(ledgers, token, read_from):
+        new = [_next(*side, token) for side in zip(programs, writers, ledgers, read_from, strict=True)]
         log_probs, ledgers = zip(*new, strict=True)
-        return ledgers, jnp.where(at.mask[:, None], numbers_of(at, *log_probs), 0.0)
+        return ledgers, jnp.where(token.at.agent[:, None], numbers_of(token, *log_probs), 0.0)
 
     def position(ledgers, xs):
-        index, at, read_from = xs
-        shape = jax.eval_shape(read, ledgers, at, read_from)[1]
+        index, token, read_from = xs
+        shape = jax.eval_shape(read, ledgers, token, read_from)[1]
         nothing = lambda ledgers, *_: (ledgers, jnp.zeros(shape.shape, shape.dtype))  # noqa: E731
-        return jax.lax.cond(index < agent.sum(1).max(), read, nothing, ledgers, at, read_from)
+        return jax.lax.cond(index < agent.sum(1).max(), read, nothing, ledgers, token, read_from)
 
     xs = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (stream, read_from))
     ledgers = (budget.open_ledger((len(keys),)),) * len(programs)
@@ -109,44 +106,41 @@ def _along(programs, writers, transcript, keys, numbers_of: Callable) -> Float[A
     return jnp.take_along_axis(jnp.moveaxis(numbers, 0, 1), jnp.argsort(order, axis=1)[..., None], axis=1)
 
 
-def _next(program, writer, ledger, read_from, at):
+def _next(program: Program, writer, ledger, read_from, token):
     """Log-probabilities [b, v] of what one side would write, and its ledger behind what that costs."""
-    (features, seen), rows = read_from, at.mask.shape
-    caps = jax.tree.map(lambda x: jnp.broadcast_to(x, rows), writer.caps)
-    ledger = budget.enter(ledger, jnp.where(at.mask, at.turn, ledger.turn))
-    left = budget.left(caps, ledger, program.carry)
-    situation = Situation(left, budget.part_left(caps, ledger, left), at.position / program.env.length)
-    reading = program.policy.read(writer.params, writer.frozen.base, features, situation)
-    reference = program.reference.read(writer.memory, writer.frozen, features, seen, situation, reading)
+    at, agent = token.at, writer.agent
+    agent = agent._replace(caps=jax.tree.map(lambda x: jnp.broadcast_to(x, at.agent.shape), agent.caps))
+    view = look(program, writer.frozen, agent, at, ledger, *read_from)
 
-    def row(reference, spend, left, at):
-        part = actions.part_of(program, spend, actions.draw_part(program, spend, at.key), at.position)
-        chosen = actions.constrain(program, reference, actions.pack(program, reference.log_probs), left, part)
-        return jax.nn.log_softmax(chosen.logits), actions.terms_of(program, chosen, at.action)[1]
+    def row(measure, neuron, remaining, position, action, key):
+        allowed, drawn = pack(program.agent.sampling, measure.log_probs), program.agent.spend.draw(neuron, key)
+        choice = choose(program, measure, allowed, remaining, neuron, drawn, position)
+        return jax.nn.log_softmax(choice.logits), settle(program, choice, action)[1]
 
-    log_probs, cost = jax.vmap(row)(reference._replace(models=None), reading.spend, left, at)
-    return log_probs, budget.charge(ledger, cost, at.mask)
+    log_probs, cost = jax.vmap(row)(view.measure._replace(models=None), view.reading.spend, view.remaining, at.position,
+                                    token.action, token.key)
+    return log_probs, budget.charge(view.ledger, cost, at.agent)
 
 
-def inputs(program, writer, transcript, width):
+def inputs(program: Program, writer, transcript, width):
     """What policy and reference read at every position of the episode, [b, t, ...] each.
 
     References have no function for a whole transcript, so theirs goes through it as it does when it is sampled; where
     it remembers nothing of the transcript, nothing of this is left after compilation.
     """
-    policy, reference, length = program.policy, program.reference, program.env.length
+    policy, reference, length = program.agent.policy, program.agent.reference, program.task.env.length
     rows, start = transcript.start.shape[0], transcript.start[None]
     slots = jnp.broadcast_to(width + jnp.arange(length), (rows, length))
-    features = policy.reread(writer.params, writer.frozen.base, transcript, slots)
+    features = policy.reread(writer.agent.params, writer.frozen.base, transcript, slots)
     lift = lambda tree: jax.tree.map(lambda x: x[None], tree)  # noqa: E731
-    memory, situation = lift(writer.memory), Situation(*[jnp.zeros(rows)] * 3)
+    memory, situation = lift(writer.agent.memory), Situation(*[jnp.zeros(rows)] * 3)
 
     def position(state, xs):
         index, token, following, features = xs
         seen, state = reference.decode(memory, writer.frozen, token[None], start, index, state)
         own = jax.tree.map(lambda x: x[0], seen)
-        reading = policy.read(writer.params, writer.frozen.base, features, situation)
-        now = reference.read(writer.memory, writer.frozen, features, own, situation, reading)
+        reading = policy.read(writer.agent.params, writer.frozen.base, features, situation)
+        now = reference.read(writer.agent.memory, writer.frozen, features, own, situation, reading)
         return reference.observe(state, lift(now), following[None]), own
 
     state = reference.prefill(memory, writer.frozen, transcript.tokens[:, :width], transcript.start,

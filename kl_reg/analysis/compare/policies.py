@@ -14,17 +14,20 @@ from tokenizers import Tokenizer
 
 from kl_reg import algorithms, storage
 from kl_reg import config as configs
+from kl_reg.kl.spends import SPENDS
 from kl_reg.models import decoder
 from kl_reg.policies import kinds as policies
 from kl_reg.policies.actor import Situation
 from kl_reg.policies.finetuned import TwinFeatures
 from kl_reg.policies.interface import Policy, Reading
 from kl_reg.pretrained import quantize, tokenizer, weights
+from kl_reg.program import Program, replace
 from kl_reg.references import kinds as references
 from kl_reg.runs import directory as run_directory
 from kl_reg.sampling import rollout
 from kl_reg.training import member_groups
-from kl_reg.training import program as programs
+from kl_reg.training.build import build
+from kl_reg.training.compile import compile_program
 from kl_reg.types import Episodes, Frozen, Hyper
 
 
@@ -34,8 +37,8 @@ class Team(NamedTuple):
 
     numbers: list[int]
     seeds: list[int]
-    program: programs.Program
-    sample: Callable               # as `program.Compiled.sample`
+    program: Program
+    sample: Callable               # as `compile.Compiled.sample`
     frozen: Frozen
     hyper: Hyper
     params: object
@@ -64,8 +67,8 @@ class Side(NamedTuple):
 
     def sampling_as(self, run: Side, number: int) -> int:
         """Which policy of this model samples as that member does."""
-        sampling = run.teams[run.place(number)[0]].program.sampling
-        return next(team.numbers[0] for team in self.teams if team.program.sampling == sampling)
+        sampling = run.teams[run.place(number)[0]].program.agent.sampling
+        return next(team.numbers[0] for team in self.teams if team.program.agent.sampling == sampling)
 
 
 def open_sides(names: tuple[str, str], openings: str, batch: int) -> list[Side]:
@@ -144,9 +147,9 @@ def _open_run(name, address, config, model, openings, batch):
     for group in _plan(name, config, model, openings):
         if "references" in stored and list(group.digests) != stored["references"][str(numbers[group.members[0]])]:
             raise ValueError(f"{name}: what is in reference.paths={config.reference.paths} now was not in training")
-        program = group.program._replace(episodes=batch)
+        program = replace(group.program, schedule=group.program.schedule._replace(episodes=batch))
         teams.append(Team([numbers[i] for i in group.members], np.asarray(group.seeds).tolist(), program,
-                          programs.compile_program(program).sample, group.frozen, group.hyper, None, None))
+                          compile_program(program).sample, group.frozen, group.hyper, None, None))
     return Side(name, "run", address, model, config, teams, None)
 
 
@@ -182,7 +185,7 @@ def _open_model(name, model, run, openings, batch, changes):
     run's base, once for each way in which members sample; without one it plays both, in the default environment."""
     if run:
         config, base = run.config, run.model
-        starts = {team.program.sampling: (team.program, team.frozen.student) for team in run.teams}
+        starts = {team.program.agent.sampling: (team.program, team.frozen.student) for team in run.teams}
     else:
         config, base = configs.default(), model
         config.model.path = str(model.folder)
@@ -191,21 +194,22 @@ def _open_model(name, model, run, openings, batch, changes):
             _held_out_openings(config, model)       # in the room that `changes` leave
             config.env.update(changes)              # with the opening that they name
         try:
-            starts = {None: (programs.build(configs.split(config)[0], model), ())}
+            starts = {None: (build(configs.split(config)[0], model), ())}
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
     if run and name != "base":
-        agent, params = in_place_of_agent(base.config, model.config), model.params
+        policy, params = in_place_of_agent(base.config, model.config), model.params
     else:                                                   # an untrained head changes nothing
-        agent = policies.build("head", base.config, ConfigDict({"layers": 1, "hidden": 1, "spend_init": 0.5}))
-        params = agent.init(jax.random.key(0), base.params)
+        policy = policies.build("head", base.config, ConfigDict({"layers": 1, "hidden": 1, "spend_init": 0.5}))
+        params = policy.init(jax.random.key(0), base.params)
     hyper, params = jax.tree.map(lambda x: x[None], (configs.split(configs.default())[1], params))
     teams = []
     for start, student in starts.values():
-        plain = start._replace(policy=agent, constrained=False, spend="neuron", episodes=batch,
-                               reference=references.build(ConfigDict({"name": "base"}), agent, start.sampling, None))
+        base_model = references.build(ConfigDict({"name": "base"}), policy, start.agent.sampling, None)
+        agent = start.agent._replace(policy=policy, reference=base_model, constrained=False, spend=SPENDS["neuron"](1))
+        plain = replace(start, agent=agent, schedule=start.schedule._replace(episodes=batch))
         frozen = Frozen(base.params, student=student)
-        teams.append(Team([len(teams)], [0], plain, programs.compile_program(plain).sample, frozen, hyper, params, ()))
+        teams.append(Team([len(teams)], [0], plain, compile_program(plain).sample, frozen, hyper, params, ()))
     return Side(name, "base" if name == "base" else "model", None, model, config, teams, None)
 
 
@@ -262,10 +266,10 @@ def sample(team: Team, count: int, seed: int | Sequence[int]) -> Episodes:
         seed: of all members, or one each.
     """
     members, keys, parts = len(team.numbers), keys_of(team, seed), []
-    for first in range(0, count, team.program.episodes):
+    for first in range(0, count, team.program.schedule.episodes):
         episodes = team.sample(team.params, team.memory, team.hyper, team.frozen, keys,
                                jnp.full(members, first, jnp.int32))
-        parts.append(jax.device_get(episodes._replace(features=(), reference=(), kept=None)))
+        parts.append(jax.device_get(episodes._replace(features=(), reference=(), allowed=None)))
     return jax.tree.map(lambda *x: np.concatenate(x, axis=1)[:, :count], *parts)
 
 

@@ -16,9 +16,10 @@ from kl_reg.analysis.compare import policies as compared
 from kl_reg.analysis.compare.policies import Side, Team
 from kl_reg.envs.environment import Environment
 from kl_reg.pretrained import folders, tokenizer, weights
+from kl_reg.program import replace
 from kl_reg.rewards import replies
 from kl_reg.runs import directory as run_directory
-from kl_reg.training import program as programs
+from kl_reg.training.compile import compile_program
 from kl_reg.types import Episodes
 
 SHOWN = {"kl": ("exact KL to the reference", lambda terms: terms.kl),
@@ -96,8 +97,8 @@ def _title(side):
 
 def in_env(team: Team, env: Environment) -> Team:
     """The team in another environment."""
-    program = team.program._replace(env=env)
-    return team._replace(program=program, sample=programs.compile_program(program).sample)
+    program = replace(team.program, task=team.program.task._replace(env=env))
+    return team._replace(program=program, sample=compile_program(program).sample)
 
 
 def sample(team: Team, count: int, seed: int) -> Episodes:
@@ -119,6 +120,6 @@ def returns(solo: Solo, episodes: Episodes) -> Float[np.ndarray, " b"]:
     Raises:
         ValueError, FileNotFoundError: the reward function cannot be had.
     """
-    turns = solo.team.program.env.read(episodes.transcript)
+    turns = solo.team.program.task.env.read(episodes.transcript)
     scores = rewards.score(rewards.build(solo.config.reward), turns)
     return replies.credit(turns, scores, episodes.slot, episodes.mask).returns

@@ -89,10 +89,10 @@ def measure(name: str, episodes: int, seed: int | None = None, least: float = 10
 
 def _check(side):
     for team in side.teams:
-        if not team.program.reference.is_base:
+        if not team.program.agent.reference.is_base:
             raise ValueError(f"{side.name}: reference.name={side.config.reference.name!r}; the optimum is that of "
                              "KL to the base model")
-        if team.program.kl.config.drawn:
+        if team.program.algorithm.kl.config.drawn:
             raise ValueError(f"{side.name}: with kl.spend='sampled' the probability of an episode is not known")
 
 
@@ -116,7 +116,7 @@ def _speak(team: compared.Team, reward: Reward, count, seeds):
         if not ((roles <= OPENING) | (roles == AGENT)).all():
             raise ValueError("somebody else than the agent writes in these episodes; with a student, what the best "
                              "policy is worth cannot be weighed from samples (env.name='completion' has none)")
-        turns = team.program.env.read(own.transcript)
+        turns = team.program.task.env.read(own.transcript)
         credit = replies.credit(turns, rewards.score(reward, turns), own.slot, own.mask)
         if not credit.judged.any():
             raise ValueError("no reward function gave a number for any episode of a policy, so nothing is known of its "

@@ -10,18 +10,19 @@ from scipy.special import log_softmax
 
 from kl_reg.analysis.optimum.enumeration import LIMIT, tokens_of
 from kl_reg.policies.actor import Situation
+from kl_reg.program import Program
 from kl_reg.types import Transcript
 
 _ROWS = 1024        # histories that the model reads at once
 
 
-def policy_tables(program, params, base: dict, vocab: int) -> tuple[np.ndarray, ...]:
+def policy_tables(program: Program, params, base: dict, vocab: int) -> tuple[np.ndarray, ...]:
     """log pi(a | h) behind the environment's opening, at the sampling temperature, as `enumeration.evaluate` reads it.
 
     Of any kind of policy, and not from samples. What stands at the student's tokens is what the agent would say there.
 
     Args:
-        program: a `kl_reg.training.program.Program`.
+        program: a `kl_reg.program.Program`.
         params: of one member.
         base: parameters of the base model.
 
@@ -32,16 +33,17 @@ def policy_tables(program, params, base: dict, vocab: int) -> tuple[np.ndarray, 
         ValueError: there are several openings or too many sequences, or what is drawn is not the policy's own
             distribution: it has a hard budget or a truncation, or is a change of another reference than the base.
     """
-    openings, horizon, sampling = program.env.openings, program.env.length, program.sampling
+    openings, horizon, sampling = program.task.env.openings, program.task.env.length, program.agent.sampling
     if len(openings.start) != 1 or vocab**horizon > LIMIT:
         raise ValueError(f"{len(openings.start)} openings and {vocab}**{horizon} sequences: tables are of one opening "
                          f"and at most {LIMIT} sequences")
-    if program.constrained or sampling.truncates or (program.policy.relative and not program.reference.is_base):
+    agent = program.agent
+    if agent.constrained or sampling.truncates or (agent.policy.relative and not agent.reference.is_base):
         raise ValueError("tables are of policies without a hard budget or truncation, and of policy.kind='head', which "
                          "changes the reference, only with reference.name='base'")
     histories = jnp.asarray(tokens_of(np.arange(vocab ** (horizon - 1)), vocab, horizon - 1), jnp.int32)
     opening = tuple(openings.tokens[0, openings.start[0]:].tolist())
-    read = np.asarray(_logits(program.policy, opening, params, base, histories), np.float64)
+    read = np.asarray(_logits(program.agent.policy, opening, params, base, histories), np.float64)
     return tuple(log_softmax(read[::vocab ** (horizon - 1 - t), t] / sampling.temperature, axis=-1)
                  for t in range(horizon))
 

@@ -16,6 +16,7 @@ from kl_reg.models import decoder
 from kl_reg.policies.actor import Situation
 from kl_reg.pretrained import chitchat, folders, tokenizer
 from kl_reg.types import AGENT, FORCED, PAD, STUDENT, Transcript
+from tests.programs import changed
 
 
 def test_another_model_in_place_of_the_agent_leaves_the_base_to_the_student(tiny_shapes, tiny_params):
@@ -61,7 +62,7 @@ def test_a_model_samples_as_the_member_that_it_is_compared_with(tiny_folder, tmp
         matches = compared.pairs(model, run)
         assert [number for _, number in matches] == run.numbers
         for match in matches:
-            drawn = [side.teams[side.place(number)[0]].program.sampling.temperature
+            drawn = [side.teams[side.place(number)[0]].program.agent.sampling.temperature
                      for side, number in zip((model, run), match, strict=True)]
             assert drawn == [0.5 if match[1] < 2 else 1.0] * 2
 
@@ -73,7 +74,7 @@ def test_held_out_conversations_are_as_they_were_written(markers):
     side.config.env.markers, side.config.env.length = markers, 100
     words = tokenizer.load(side.model.folder)
     env = ENVIRONMENTS["teacher_student"](side.config.env, words)
-    team = side.teams[0]._replace(program=side.teams[0].program._replace(env=env))
+    team = side.teams[0]._replace(program=changed(side.teams[0].program, env=env))
     shown = compare.held_out(side._replace(teams=[team]), 6, 0)
     lines = map(json.loads, (folders.EMBEDDED / "held_out.jsonl").read_text().splitlines())
     texts = [tokenizer.START + chitchat.transcript(line["turns"]) for line in lines]

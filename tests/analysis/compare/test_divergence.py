@@ -3,13 +3,11 @@ from __future__ import annotations
 
 import itertools
 from functools import partial
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 from scipy import stats
 from scipy.optimize import brentq
 from scipy.special import expit, log_softmax, rel_entr, softmax
@@ -18,13 +16,13 @@ from kl_reg import config as configs
 from kl_reg.analysis.compare import divergence
 from kl_reg.analysis.compare.divergence import Writer, measure, summarise
 from kl_reg.kl.budget import Caps
-from kl_reg.kl.estimators import KLConfig, build
 from kl_reg.policies.interface import Policy, Reading
 from kl_reg.pretrained import families, weights
-from kl_reg.references import kinds as references
 from kl_reg.sampling import rollout
-from kl_reg.training import program as programs
-from kl_reg.types import AGENT, OPENING, STUDENT, Frozen, Sampling, Transcript
+from kl_reg.sampling.agent_step import AgentState
+from kl_reg.training.build import build
+from kl_reg.types import AGENT, OPENING, STUDENT, Frozen, Transcript
+from tests.programs import by_hand
 
 SEQUENCES = np.array(list(itertools.product(range(3), repeat=3)))
 ROWS = np.stack([np.zeros(27, int), 1 + SEQUENCES[:, 0], 4 + 3 * SEQUENCES[:, 0] + SEQUENCES[:, 1]], axis=1)
@@ -50,14 +48,12 @@ def program(constrained):
                        jax.nn.sigmoid(neuron))
 
     policy = Policy(None, None, None, None, reread, read, False, True)
-    return SimpleNamespace(policy=policy, env=SimpleNamespace(length=3), constrained=constrained,
-                           kl=build(KLConfig()), spend="neuron", levels=4, carry=False, sampling=Sampling(),
-                           reference=references.base(ConfigDict(), policy, Sampling(), None))
+    return by_hand(policy, constrained=constrained)
 
 
 def writer(params, base, caps):
     single = partial(jax.tree.map, lambda x: jnp.asarray(x, jnp.float32))
-    return Writer(single(params), (), Frozen(single(base)), single(Caps(*caps)))
+    return Writer(AgentState(single(params), (), single(Caps(*caps))), Frozen(single(base)))
 
 
 def transcript(roles, turns):
@@ -220,19 +216,19 @@ def test_what_is_read_along_a_transcript_is_what_the_sampler_read(tiny_folder, t
         weights.save(tmp_path / "other", families.llama_settings(model.config), other)
         (tmp_path / "other/tokenizer.json").write_bytes((tiny_folder / "tokenizer.json").read_bytes())
         changes["reference.paths"] = (str(tiny_folder), str(tmp_path / "other"))
-    built = programs.build(configs.split(configs.override(config, changes))[0], model)
-    params = built.policy.init(jax.random.key(2), model.params)
+    built = build(configs.split(configs.override(config, changes))[0], model)
+    params = built.agent.policy.init(jax.random.key(2), model.params)
     params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(3), x.shape), params)
     models = [weights.load(path).params for path in changes.get("reference.paths", ())]
     frozen = Frozen(model.params, jax.tree.map(lambda *x: jnp.stack(x), *models) if models else ())
-    memory = jax.tree.map(lambda x: 0.9 * x, built.reference.init(params))
+    memory = jax.tree.map(lambda x: 0.9 * x, built.agent.reference.init(params))
     caps, lift = Caps(*map(jnp.float32, NONE)), partial(jax.tree.map, lambda x: x[None])
     keys = rollout.member_keys(jnp.array([0]), jnp.array([0]))
     episodes = jax.jit(partial(rollout.rollout, built))(lift(params), lift(memory), frozen, lift(caps), keys,
                                                         jnp.array([0]))
-    episodes = jax.tree.map(lambda x: x[0], episodes._replace(kept=None))
+    episodes = jax.tree.map(lambda x: x[0], episodes._replace(allowed=None))
     width = episodes.transcript.tokens.shape[1] - 10
-    writer = Writer(params, memory, frozen, caps)
+    writer = Writer(AgentState(params, memory, caps), frozen)
     features, seen = jax.jit(lambda *x: divergence.inputs(built, *x, width))(writer, episodes.transcript)
     mask = np.asarray(episodes.mask)
     for whole, recorded in zip(jax.tree.leaves((features, seen)),
