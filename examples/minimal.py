@@ -22,6 +22,7 @@ from kl_reg.analysis.optimum.enumeration import Tree
 from kl_reg.analysis.optimum.hard_budget import hard_budget
 from kl_reg.kl import budget
 from kl_reg.kl.exact import token_terms
+from kl_reg.kl.operations import tilted
 from kl_reg.references.bayes import mixture, posterior
 from kl_reg.sampling.action import inverse_cdf
 
@@ -56,7 +57,7 @@ def episode(params, nats, choose):
         each = imitators(previous)
         log_ref = mixture(each, weights)                                        # what KL is measured to
         allowance = jax.nn.sigmoid(params["neuron"][position, previous]) * budget.left(caps, ledger, False)
-        logits = budget.tilted(log_ref, params["change"][position, previous], allowance)
+        logits = tilted(log_ref, params["change"][position, previous], allowance)
         token = choose(position, jax.nn.log_softmax(logits))
         terms = token_terms(logits, log_ref, token)
         ledger = budget.charge(ledger, terms.kl, jnp.bool_(True))

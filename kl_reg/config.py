@@ -17,7 +17,8 @@ from kl_reg.types import Hyper
 
 HYPER = {"kl.coef": "kl_coef", "kl.target": "kl_target", "kl.horizon": "kl_horizon", "kl.rate": "kl_rate",
          "kl.gain": "kl_gain", "kl.final": "kl_final", "kl.budget": "kl_budget", "kl.turn_budget": "kl_turn_budget",
-         "kl.token_budget": "kl_token_budget", "optim.learning_rate": "learning_rate",
+         "kl.token_budget": "kl_token_budget", "kl.miss_coef": "kl_miss_coef",
+         "kl.budget_ramp": "kl_budget_ramp", "optim.learning_rate": "learning_rate",
          "optim.value_learning_rate": "value_learning_rate", "rl.clip": "clip",
          "rl.clip_high": "clip_high", "rl.dual_clip": "dual_clip", "rl.truncation": "truncation",
          "rl.temperature": "temperature", "rl.value_clip": "value_clip", "rl.stop_kl": "stop_kl",
@@ -28,7 +29,12 @@ HYPER = {"kl.coef": "kl_coef", "kl.target": "kl_target", "kl.horizon": "kl_horiz
 BUDGETS = ("kl.budget", "kl.turn_budget", "kl.token_budget")
 
 _RUN_ONLY = ("sweep", "checkpoint", "log", "parallel")     # settings that change no number of a result
-LATER = {"env.prefill": "", "reward.nan": "refuse"}
+LATER = {"env.prefill": "", "reward.nan": "refuse", "kl.operation": "tilt", "kl.ledger": "exact",
+         "kl.target_floor": 0.0, "kl.miss_coef": 0.0, "kl.budget_ramp": 0.0, "sampling.student_temperature": None,
+         "reward.scale": "", "reward.empty": None,
+         "env.opening_unfinished": False, "env.reply_limit": 0, "env.end_tokens": False, "env.empty_tokens": 4,
+         "optim.eps": 1e-8, "optim.policy_grad_norm": None, "policy.actor": "mlp", "policy.critic_layers": 1,
+         "policy.critic_activation": "silu"}
 """Settings that older runs lack: as here they are not in the fingerprint."""
 
 
@@ -53,6 +59,7 @@ def default() -> ConfigDict:
     #                                       or a file of prompts, a folder or hub name of a dataset, or a dotted path
     #                                       to a function that makes rows: docs/envs.md
     config.env.opening = "<|start|>"
+    config.env.opening_unfinished = False           # texts end inside the agent's turn; no marker is added to them
     config.env.opening_turns = 2
     config.env.opening_tokens = 48        # longer openings are left out
     config.env.split = "train"            # of a dataset
@@ -64,6 +71,9 @@ def default() -> ConfigDict:
     config.env.markers = "forced"         # "written": whoever has the turn writes the markers, as in the paper
     config.env.length = 64                # tokens of an episode behind its opening
     config.env.turns = 0                  # of both speakers, at most; 0: as many as fit
+    config.env.reply_limit = 0            # tokens of a student's reply, behind which it is cut; 0: no limit
+    config.env.end_tokens = False         # the model's own end tokens end a turn, and the next marker is forced
+    config.env.empty_tokens = 4           # turns of at most so many tokens, markers included, count as short
     config.env.student_model = ""         # another model than the base, with the same vocabulary, plays the student
     config.env.writers = ""               # of "tabular": who writes each token, as "AASA" (S: the base model); "": A
 
@@ -72,8 +82,11 @@ def default() -> ConfigDict:
     config.reward.weights = ()            # of several; (): 1 each
     config.reward.nan = "refuse"          # what a reward that is NaN does: an error, or "skip": it means None
     config.reward.gold = ""               # measured beside the reward that is trained on: a name, as `name`
-    config.reward.path = ""               # of "classifier" and "log_likelihood" a model, of "table" a .npy file
+    config.reward.path = ""               # of "classifier" (its "": the paper's) and "log_likelihood" a model, of
+    #                                       "table" a .npy file
     config.reward.label = ""              # of "classifier": whose probability is the reward; "": the positive one
+    config.reward.scale = ""              # of "vader" and "classifier": "signed_confidence", as the paper's authors
+    config.reward.empty = config_dict.placeholder(float)    # what a reply without text is worth; None: as it says
     config.reward.target = 20             # of "length": tokens
     config.reward.pattern = ""            # of "regex"
     config.reward.ngram = 2               # of "distinct"
@@ -89,6 +102,9 @@ def default() -> ConfigDict:
     config.optim.warmup = 2               # iterations
     config.optim.final = 0.1              # part of the learning rate that is left at the last iteration; 0: that one
     #                                       trains nothing
+    config.optim.eps = 1e-8               # of Adam
+    config.optim.policy_grad_norm = config_dict.placeholder(float)      # of all parameters but the value head's, by
+    #                                       themselves; None: they have no limit of their own
     config.optim.max_grad_norm = 1.0      # gradients of a larger norm are scaled down to it; None: none are
 
     config.evaluation = ConfigDict()
@@ -109,7 +125,10 @@ def _policy():
     policy = ConfigDict()
     policy.kind = "head"           # "head": on the frozen trunk; "lora": low-rank changes; "full": all weights
     policy.layers = 3              # last hidden layers that a head reads
-    policy.hidden = 128
+    policy.actor = "mlp"           # of a head; "linear": one layer from hidden states, time and budget to all logits
+    policy.hidden = 128            # units of each hidden layer: of the actor, the value head and the budget neuron
+    policy.critic_layers = 1       # hidden layers of the value head
+    policy.critic_activation = "silu"       # or "tanh"
     policy.rank = 8                # of "lora"
     policy.alpha = 16.0            # of "lora": changes are multiplied by alpha / rank
     policy.targets = ".*"          # of "lora": the layers that change, a regular expression; ".*": all of
@@ -168,7 +187,12 @@ def _kl():
     kl.budget = config_dict.placeholder(float)          # hard, nats per episode; None: none
     kl.turn_budget = config_dict.placeholder(float)     # hard, nats per turn of the agent
     kl.token_budget = config_dict.placeholder(float)    # hard, nats per token of the agent
+    kl.ledger = "exact"            # what is charged; "log_ratio" of the drawn token is no hard budget: docs/kl.md
+    kl.target_floor = 0.0          # of "log_ratio": nats that every token may cost, whatever remains
+    kl.miss_coef = 0.0             # of (D - what the token may cost)^2 in the loss, reward units per nat^2
+    kl.budget_ramp = 0.0           # part of the run in which all budgets grow linearly from 0
     kl.carry = False               # what a turn or a token leaves of its budget is added to the later ones'
+    kl.operation = "tilt"          # how the budget moves a proposal; "mixture", as the paper's authors do: docs/kl.md
     kl.spend = "neuron"            # part of what is left that a token may spend: its output; "sampled": drawn
     #                                around it; "greedy": all; "uniform": an even share of the tokens to come. With
     #                                "sampled" fewer penalties are sound: docs/kl.md
@@ -191,6 +215,7 @@ def _sampling():
     """How everybody's tokens are drawn, in training and evaluation."""
     sampling = ConfigDict()
     sampling.temperature = 1.0
+    sampling.student_temperature = config_dict.placeholder(float)   # of the student alone; None: as temperature
     sampling.top_k = 0             # 0: all. Truncations keep a set that the reference decides
     sampling.top_p = 1.0
     sampling.min_p = 0.0
@@ -303,6 +328,11 @@ def static_of(config: ConfigDict) -> Static:
 def _with_algorithm(config):
     """With what the algorithm decides where a setting is None."""
     return override(config, {f"rl.{key}": value for key, value in algorithms.resolve(config.rl).items()})
+
+
+def counts(key: str) -> bool:
+    """Whether a setting changes a result: those of logging, checkpoints and devices do not."""
+    return key.split(".")[0] not in _RUN_ONLY or key == "sweep"
 
 
 def fingerprint(config: ConfigDict, *inputs: str) -> str:

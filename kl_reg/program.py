@@ -24,8 +24,10 @@ from kl_reg.types import Sampling
 class Agent(NamedTuple):
     """Who writes, what KL is measured to, and how the budget limits a token.
 
-    `constrained`: the agent has a hard budget. `spend`: which part of it the next token may cost. `carry`: what a turn
-    or a token leaves of its cap is added to the later ones'.
+    `constrained`: the agent has a hard budget. `operation`: how it moves a proposal (`kl.operations`). `spend`: which
+    part of it the next token may cost. `carry`: what a turn or a token leaves of its cap is added to the later ones'.
+    `hard`: the ledger is exact, and re-run in updates; else it is charged log-ratios, and taken as recorded.
+    `target_floor`: nats that every token may cost.
     """
 
     policy: Policy
@@ -33,15 +35,20 @@ class Agent(NamedTuple):
     student: Student
     sampling: Sampling
     constrained: bool
+    operation: Callable
     spend: Spend
     carry: bool
+    hard: bool
+    target_floor: float
 
 
 class Task(NamedTuple):
-    """What the agent does, and the groups of tokens that its metrics tell apart."""
+    """What the agent does, and the groups of tokens that its metrics tell apart. `empty_tokens`: turns of at most so
+    many count as short."""
 
     env: Environment
     groups: TokenGroups
+    empty_tokens: int
 
 
 class Algorithm(NamedTuple):
@@ -63,13 +70,20 @@ class Algorithm(NamedTuple):
 
 class Schedule(NamedTuple):
     """How often: iterations of a run, episodes of an iteration, epochs over them, minibatches of an epoch, and parts
-    that a minibatch's gradient is added up from."""
+    that a minibatch's gradient is added up from. `first`: the number of the first iteration, of a run that starts from
+    another's final state."""
 
     iterations: int
     episodes: int
     epochs: int
     minibatches: int
     accumulate: int
+    first: int = 0
+
+    @property
+    def end(self) -> int:
+        """The number behind the last iteration."""
+        return self.first + self.iterations
 
     @property
     def rows(self) -> int:

@@ -37,15 +37,21 @@ class Transcript(NamedTuple):
 class Sampling:
     """How tokens are drawn, by whomever: sampler, scorer and reference all read the same object.
 
-    Logits are divided by `temperature`. Truncation keeps a set of tokens that the *reference* alone decides, and both
-    distributions are renormalised on it: on the policy's own set a policy that is sure of one token would pay no KL.
-    Where several truncations are given, a token must pass each.
+    Logits are divided by `temperature`, those of the student's tokens by his own. Truncation keeps a set of tokens that
+    the *reference* alone decides, and both distributions are renormalised on it: on the policy's own set a policy that
+    is sure of one token would pay no KL. Where several truncations are given, a token must pass each.
     """
 
     temperature: float = 1.0
     top_k: int = 0              # the k most probable tokens, ties included; 0: all
     top_p: float = 1.0          # the most probable tokens whose predecessors hold less than this; 1: all
     min_p: float = 0.0          # tokens of at least this part of the largest probability; 0: all
+    student_temperature: float | None = None        # of the student alone; None: `temperature`
+
+    @property
+    def of_student(self) -> float:
+        """The student's temperature."""
+        return self.temperature if self.student_temperature is None else self.student_temperature
 
     @property
     def truncates(self) -> bool:
@@ -108,6 +114,8 @@ class Hyper(NamedTuple):
     kl_budget: Float[Array, ""]            # nats per episode; infinite: none
     kl_turn_budget: Float[Array, ""]       # nats per turn of the agent; infinite: none
     kl_token_budget: Float[Array, ""]      # nats per token of the agent; infinite: none
+    kl_miss_coef: Float[Array, ""]         # of the squared miss of the allowance in the loss, reward units per nat^2
+    kl_budget_ramp: Float[Array, ""]       # part of the run in which all hard limits grow from 0
     learning_rate: Float[Array, ""]
     value_learning_rate: Float[Array, ""]    # of the value head; infinite: as learning_rate
     clip: Float[Array, ""]                 # ratios are clipped below 1 - clip

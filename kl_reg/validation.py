@@ -15,9 +15,12 @@ from kl_reg.algorithms import advantages, reductions
 from kl_reg.config import BUDGETS, HYPER, default, flat, kl_config, members, override
 from kl_reg.episodes.token_groups import compile_expressions
 from kl_reg.kl import controllers, estimators
+from kl_reg.kl.operations import OPERATIONS
+from kl_reg.kl.spends import LEDGERS, SPENDS
 from kl_reg.models.block import REMATS
 from kl_reg.policies import kinds as policies
 from kl_reg.policies import lora
+from kl_reg.policies.actor import ACTIVATIONS
 from kl_reg.pretrained import tokenizer, weights
 from kl_reg.references import kinds as references
 from kl_reg.references.bayes import CUTS
@@ -30,26 +33,29 @@ _SHARED = ("sweep", "model", "env", "reward", "sampling", "evaluation", "checkpo
 
 _AT_LEAST_ONE = ("rl.iterations", "rl.episodes", "rl.epochs", "rl.minibatches", "rl.accumulate", "rl.entries",
                  "env.length", "policy.layers", "policy.hidden", "policy.rank", "policy.spend_levels",
-                 "evaluation.episodes", "checkpoint.every", "checkpoint.keep", "optim.warmup", "reference.every",
-                 "rl.group", "env.opening_tokens")
-_NOT_NEGATIVE = ("kl.coef", "kl.target", "kl.horizon", "kl.rate", "kl.gain", "kl.final", "sampling.top_k", "rl.clip",
-                 "rl.clip_high", "rl.value_coef", "rl.entropy_coef", "env.turns", "env.opening_turns", "policy.alpha",
+                 "policy.critic_layers", "evaluation.episodes", "checkpoint.every", "checkpoint.keep", "optim.warmup",
+                 "reference.every", "rl.group", "env.opening_tokens")
+_NOT_NEGATIVE = ("kl.coef", "kl.target", "kl.horizon", "kl.rate", "kl.gain", "kl.final", "kl.target_floor",
+                 "kl.miss_coef", "sampling.top_k", "rl.clip", "rl.clip_high", "rl.value_coef", "rl.entropy_coef",
+                 "env.turns", "env.opening_turns", "env.reply_limit", "env.empty_tokens", "policy.alpha",
                  "optim.learning_rate", "optim.final", "seed", "evaluation.seed")
 _RELATIVE = ("leave_one_out", "group", "group_batch", "group_mean")
 """Advantages that compare the episodes of a group."""
 
+_CHAT = ("opening_turns", "opening_unfinished", "teacher", "student", "markers", "turns", "reply_limit", "end_tokens",
+         "empty_tokens")
 _IDLE = {"teacher_student": ("writers", "prefill"),
-         "completion": ("opening_turns", "teacher", "student", "markers", "turns", "student_model", "writers"),
-         "tabular": ("openings", "opening_turns", "split", "column", "prefill", "teacher", "student", "markers",
-                     "turns")}
+         "completion": (*_CHAT, "student_model", "writers"),
+         "tabular": (*_CHAT, "openings", "split", "column", "prefill")}
 """Settings of `env` that say nothing to an environment."""
 
-_LIMITS = ("rl.stop_kl", "rl.truncation", "rl.value_clip", "optim.value_learning_rate")
+_LIMITS = ("rl.stop_kl", "rl.truncation", "rl.value_clip", "optim.value_learning_rate",
+           "optim.policy_grad_norm")
 _UNLIMITED = ("rl.stop_kl", "rl.truncation", "rl.value_clip")
 """Settings that may be infinite, which is the same as None."""
 
 _PARTS = ("rl.discount", "rl.gae_lambda", "policy.spend_init", "reference.decay", "reference.alpha",
-          "sampling.min_p")
+          "sampling.min_p", "kl.budget_ramp")
 
 
 _ELSEWHERE = ("optim.max_grad_norm",)        # `no_training.refuse` says what it may be
@@ -209,6 +215,14 @@ def _validate_policy(config):
                          "cannot be finetuned; use policy.kind='lora' or 'head'")
     if not 0 < settings.spend_init < 1:
         raise ValueError(f"policy.spend_init={settings.spend_init!r} must lie strictly between 0 and 1")
+    for key, choices in (("actor", ("mlp", "linear")), ("critic_activation", tuple(ACTIVATIONS))):
+        if settings[key] not in choices:
+            raise ValueError(f"policy.{key}={settings[key]!r}: choose one of {', '.join(choices)}")
+    if settings.actor != "mlp" and settings.kind != "head":
+        raise ValueError(f"policy.actor={settings.actor!r} has no effect with policy.kind={settings.kind!r}; it is of "
+                         "policy.kind='head'")
+    if not config.optim.eps > 0:
+        raise ValueError(f"optim.eps={config.optim.eps!r} must be above 0")
     if settings.kind == "lora" and settings.alpha == 0:
         raise ValueError(f"policy.alpha={settings.alpha!r} must be positive for policy.kind='lora'")
     for name in ("rank", "alpha", "targets"):
@@ -228,6 +242,11 @@ def _validate_kl(config, values, given):
                          "discounted differently; use rl.discount=1.0, or estimator='k1' with placement='reward'")
     if kl.spend != "neuron" and not given:
         raise ValueError(f"kl.spend={kl.spend!r} without a budget has no effect; set one of {', '.join(BUDGETS)}")
+    OPERATIONS[kl.operation]  # noqa: B018 - raises for an unknown name
+    for key in ("operation", "ledger", "miss_coef", "budget_ramp"):
+        if kl[key] != default().kl[key] and not given:
+            raise ValueError(f"kl.{key}={kl[key]!r} without a budget has no effect; set one of {', '.join(BUDGETS)}")
+    _validate_ledger(config)
     if kl.carry and kl.turn_budget is None and kl.token_budget is None:
         raise ValueError("kl.carry=True has no effect without kl.turn_budget or kl.token_budget")
     controllers.CONTROLLERS[kl.controller]  # noqa: B018 - raises for an unknown name
@@ -239,8 +258,31 @@ def _validate_kl(config, values, given):
                                  f"kl.controller={kl.controller!r}")
 
 
+def _validate_ledger(config):
+    kl = config.kl
+    if kl.ledger not in LEDGERS:
+        raise ValueError(f"kl.ledger={kl.ledger!r} is unknown; choose one of {', '.join(LEDGERS)}")
+    if kl.ledger == "exact":
+        if kl.target_floor:
+            raise ValueError(f"kl.target_floor={kl.target_floor!r} with kl.ledger='exact': tokens would cost more than "
+                             "remains, and the budget would not be hard; it is of kl.ledger='log_ratio'")
+        return
+    for key, usual in (("spend", "neuron"), ("turn_budget", None), ("token_budget", None)):
+        own = SPENDS.facts(kl.spend)["drawn"] if key == "spend" else kl[key] is not None
+        if own:
+            raise ValueError(f"kl.ledger='log_ratio' with kl.{key}={kl[key]!r}: a log-ratio, which may be negative, is "
+                             f"charged to the budget of the episode alone; kl.{key} must be {usual!r}")
+    if not references.REFERENCES.facts(config.reference.name)["proper"]:
+        raise ValueError(f"kl.ledger='log_ratio' with reference.name={config.reference.name!r}: the floor of a "
+                         "semi-distribution is charged exactly; use kl.ledger='exact'")
+
+
 def _validate_sampling(config):
     sampling = config.sampling
+    own = sampling.student_temperature
+    if own is not None and not (math.isfinite(own) and own > 0):
+        raise ValueError(f"sampling.student_temperature={own!r} must be a positive number, or None: as "
+                         "sampling.temperature")
     if not (math.isfinite(sampling.temperature) and sampling.temperature > 0):
         raise ValueError(f"sampling.temperature={sampling.temperature!r} must be a positive number")
     if not 0 < sampling.top_p <= 1:

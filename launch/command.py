@@ -89,6 +89,8 @@ def define():
     flags.DEFINE_string("hosts", None, "where several processes run this command together: auto, slurm, tpu, "
                         "kubernetes or mpi, or ADDRESS:PORT,COUNT,INDEX of this process; all see the workdir (default: "
                         "the variable KL_REG_HOSTS, or one process)")
+    flags.DEFINE_string("from", None, "another run, RUN or RUN:MEMBER, whose final state this one starts from; "
+                        "--config.rl.iterations are then those behind it")
     flags.mark_flags_as_required(["config", "workdir"])
     return config, workdir
 
@@ -111,7 +113,8 @@ def run(argv, config, workdir: str) -> None:
     from kl_reg.sharding import multihost
 
     guarded(argv, lambda: multihost.join(flags.FLAGS.hosts))
-    result = guarded(argv, lambda: kl_reg.train(config, workdir=workdir, began=_BEGAN))
+    result = guarded(argv, lambda: kl_reg.train(config, workdir=workdir, began=_BEGAN,
+                                                  start=flags.FLAGS["from"].value))
     if multihost.writes():
         print_summary(result.summary, result.workdir, result.report, result.tokens_per_second)
 

@@ -56,6 +56,8 @@ def _divided(config, workdir, given):
     """Plans, and starts what is missing; the exit status."""
     from kl_reg.sweeps import plan
 
+    if flags.FLAGS["from"].value:
+        raise ValueError("--from goes on in one process: leave out --backend and its options")
     backend = importlib.import_module(f"launch.backends.{BACKEND.value}")
     if not WAIT.value and BACKEND.value != "slurm":
         raise ValueError(f"--nowait is of --backend=slurm: the programs of {BACKEND.value} need this process")

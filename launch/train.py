@@ -2,6 +2,10 @@
 
     python -m launch.train --config=configs/quickstart.py --config.kl.budget=20. --workdir=runs/b20
 
+    python -m launch.train --config=configs/quickstart.py --from=runs/b20 --config.rl.iterations=20 --workdir=runs/b20b
+
+The second starts from the final state of another run, with keys that continue its count.
+
 Settings of the file are overridden on the command line; every setting is described in kl_reg/config.py. A second call
 with the same workdir resumes from the last checkpoint.
 """

@@ -8,6 +8,7 @@ from kl_reg.algorithms.reductions import REDUCTIONS
 from kl_reg.envs.environment import Environment
 from kl_reg.kl import estimators
 from kl_reg.kl.controllers import CONTROLLERS
+from kl_reg.kl.operations import OPERATIONS
 from kl_reg.kl.spends import SPENDS
 from kl_reg.policies import student
 from kl_reg.policies.interface import Policy
@@ -37,12 +38,12 @@ def by_hand(policy: Policy | None = None, length: int = 3, **settings) -> Progra
     """A program of this policy beside the base, REINFORCE in its update; `settings` are fields of its parts."""
     policy, sampling = Policy(*[None] * 8) if policy is None else policy, settings.get("sampling", Sampling())
     agent = Agent(policy, REFERENCES["base"](ConfigDict(), policy, sampling, None), student.base(), sampling, False,
-                  SPENDS["neuron"](1), False)
+                  OPERATIONS["tilt"], SPENDS["neuron"](1), False, True, 0.0)
     factor = optax.constant_schedule(1.0)
     algorithm = Algorithm(LOSSES["reinforce"], False, ADVANTAGES["monte_carlo"], REDUCTIONS["token_mean"],
                           estimators.build(estimators.KLConfig()), CONTROLLERS["fixed"](1, 1), 1, False, factor,
                           optimizer.chain(None, factor, lambda params: params))
-    task = Task(Environment(None, None, None, None, length, None), None)
+    task = Task(Environment(None, None, None, None, length, None), None, 4)
     schedule = Schedule(1, 1, 1, 1, 1)
     execution = execute(agent, task, algorithm, schedule, 2**20, False, True)
     return changed(Program(agent, task, algorithm, schedule, execution), **settings)

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.comparisons.comparison import Comparison, Tolerance, log_probs, log_softmax, logits, near
-from kl_reg.kl.budget import tilt
 from kl_reg.kl.chunked import chunked_terms
 from kl_reg.kl.divergences import DIVERGENCES
 from kl_reg.kl.estimators import KLConfig, build
 from kl_reg.kl.exact import TokenTerms, token_terms
+from kl_reg.kl.operations import tilt
 from kl_reg.references.bayes import mixture
 
 VOCABULARIES = (2, 7, 65)

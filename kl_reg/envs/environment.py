@@ -38,8 +38,8 @@ class Environment(NamedTuple):
     read(transcript) -> the turns of a batch, in order; on the host, numpy in.
     students: whether anybody but the agent draws tokens.
     `length`: tokens of an episode behind its opening, at most. `digest`: of what the settings only name, as a file of
-    prompts; "": nothing. `ends`: the tokens that end an episode by themselves; `markers`: the tokens of the texts that
-    it writes or looks for. Every model that reads its episodes needs embeddings for them.
+    prompts; "": nothing. `ends`: the tokens that end an episode or a turn by themselves; `markers`: the tokens of the
+    texts that it writes or looks for. Every model that reads its episodes needs embeddings for them.
     """
 
     reset: Callable

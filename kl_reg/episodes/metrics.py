@@ -92,12 +92,13 @@ def top1_share(kl: np.ndarray) -> float | None:
     return min(1.0, float(np.partition(kl, -count)[-count:].sum(dtype=np.float64) / total))
 
 
-def summarise(episodes: Episodes, replies: Sequence[Reply], returns: np.ndarray) -> dict:
+def summarise(episodes: Episodes, replies: Sequence[Reply], returns: np.ndarray, short: int = 4) -> dict:
     """Metrics of one member's batch [b, ...], which docs/metrics.md describes; `_se` are standard errors over episodes.
 
     Args:
         replies: the turns of the batch.
         returns: [b], reward units; NaN of an episode that was not judged, which is no part of their mean.
+        short: turns of the agent of at most so many tokens, markers that it writes included, are short.
     """
     mask, tokens = episodes.mask, episodes.mask.sum(-1)
     total = lambda x: np.where(mask, x, 0.0).sum(-1, dtype=np.float64)  # noqa: E731
@@ -112,6 +113,7 @@ def summarise(episodes: Episodes, replies: Sequence[Reply], returns: np.ndarray)
         **rates({"kl/nats_per_token": (kl, tokens), "entropy/nats_per_token": (total(episodes.entropy), tokens),
                  "help/rate_per_token": (total(-np.expm1(-episodes.floor)), tokens),
                  "teacher/silent_rate": (silent[AGENT], finished[AGENT]),
+                 "teacher/short_rate": (_short(episodes.transcript, replies, short), finished[AGENT]),
                  "student/silent_rate": (silent[STUDENT], finished[STUDENT])}),
         "kl/top1_share": top1_share(episodes.kl[mask]), "val/num_eos_tokens": int(finished[AGENT].sum()),
         "tokens": int((episodes.transcript.roles > OPENING).sum())}
@@ -123,6 +125,16 @@ def _turns(replies, count):
     ended = [reply for reply in replies if reply.finished]
     for row, chosen in zip(out, (ended, [reply for reply in ended if not reply.text]), strict=True):
         np.add.at(row, ([reply.role for reply in chosen], [reply.episode for reply in chosen]), 1)
+    return out
+
+
+def _short(transcript, replies, most):
+    """Finished turns of the agent of at most so many tokens, [b]: the paper's authors' count of empty turns."""
+    out = np.zeros(len(transcript.tokens))
+    for reply in replies:
+        if reply.finished and reply.role == AGENT:
+            own = (transcript.turns[reply.episode] == reply.turn) & (transcript.roles[reply.episode] == AGENT)
+            out[reply.episode] += own.sum() <= most
     return out
 
 

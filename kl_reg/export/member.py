@@ -149,6 +149,8 @@ def _write_model(folder, member, base, dtype):
 def _write_head(folder, member, base, dtype, beside, digest):
     """`digest` is of the base where it lies; `beside`: a copy of it is in the folder, and is read instead."""
     config = member.config
+    if config.policy.actor == "linear":
+        raise ValueError("policy.actor='linear' cannot be exported: head_policy.py changes hidden states, not logits")
     place = files.Origin("base", None) if beside else files.origin(config.model.path, base)
     digest = folders.digest(folder / "base") if beside else digest
     files.head(folder, base, member.params["actor"], {

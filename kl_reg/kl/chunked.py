@@ -32,7 +32,7 @@ class _Plan(NamedTuple):
     block: int | None
 
 
-def chunked_terms(policy: Float[Array, "n d"], policy_table: Float[Array, "v d"], base: Float[Array, "n d"],
+def chunked_terms(policy: Float[Array, "n h"], policy_table: Float[Array, "v h"], base: Float[Array, "n d"],
                   base_table: Float[Array, "v d"], action: Int[Array, " n"], *, relative: bool, chunk: int,
                   train_table: bool = False, differentiate: tuple[str, ...] = ("log_prob", "kl"),
                   scale: float = 1.0, cap: float | None = None, used: Int[Array, ""] | None = None,
@@ -216,7 +216,7 @@ def _as_table(by_table, table):
 _terms.defvjp(_forward, _backward)
 
 
-def chunked_loss(loss: Callable, policy: Float[Array, "p r d"], policy_table: Float[Array, "v d"],
+def chunked_loss(loss: Callable, policy: Float[Array, "p r h"], policy_table: Float[Array, "v h"],
                  base: Float[Array, "p r d"], base_table: Float[Array, "v d"], action: Int[Array, "p r"], given, shared,
                  *, relative: bool, train_table: bool = False, forward: bool = False, scale: float = 1.0,
                  cap: float | None = None, used: Int[Array, ""] | None = None, block: int | None = None

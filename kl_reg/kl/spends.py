@@ -19,14 +19,14 @@ class Spend(NamedTuple):
         included.
     draw(neuron, key) -> a fraction that is an action of the policy beside the token; 0 where none is drawn.
     log_prob(neuron, drawn) -> the log-probability of that action; 0 where none is drawn.
-    charge(kl, allowance) -> nats that the ledger is charged for a token with this exact KL and allowance, the
-        reference's floor included in both.
+    charge(terms, allowance, remaining) -> nats that the ledger is charged for a token with these terms and allowance,
+        the reference's floor included in both; `remaining`: nats that it might have cost.
     """
 
     fraction: Callable
     draw: Callable = lambda neuron, key: jnp.zeros_like(neuron)
     log_prob: Callable = lambda neuron, drawn: jnp.zeros_like(neuron)
-    charge: Callable = lambda kl, allowance: kl
+    charge: Callable = lambda terms, allowance, remaining: terms.kl
 
 
 SPENDS = Registry("kl.spend", drawn=False)
@@ -55,7 +55,7 @@ def sampled(levels: int) -> Spend:
         ways = gammaln(levels + 1.0) - gammaln(count + 1) - gammaln(levels - count + 1)
         return ways + xlogy(count, neuron) + xlog1py(levels - count, -neuron)
 
-    return Spend(lambda neuron, drawn, tokens: drawn, draw, log_prob, lambda kl, allowance: allowance)
+    return Spend(lambda neuron, drawn, tokens: drawn, draw, log_prob, lambda terms, allowance, remaining: allowance)
 
 
 def greedy(levels: int) -> Spend:
@@ -72,6 +72,18 @@ def uniform(levels: int) -> Spend:
         return 1 / tokens.astype(jnp.float32)
 
     return Spend(fraction)
+
+
+LEDGERS = ("exact", "log_ratio")
+"""What the ledger is charged: the exact KL of the token, or (`sampled_log_ratio`) the log-ratio of the drawn one."""
+
+
+def sampled_log_ratio(terms, allowance, remaining) -> Float[Array, ""]:
+    """log pi - log ref of the drawn token, of which what exceeds the remaining budget is forgiven; negative ones give
+    nats back. The expected KL of an episode may exceed such a budget: it is not hard. Source: the code of Cohen et al.
+    (2024)."""
+    del allowance
+    return jnp.minimum(terms.log_ratio, remaining)
 
 
 SPENDS.register("neuron", neuron)

@@ -27,6 +27,10 @@ class Situation(NamedTuple):
         return jnp.stack([left / (1 + left), jnp.where(limited, self.part, 0.0), self.time], axis=-1)
 
 
+ACTIVATIONS = {"silu": nn.silu, "tanh": nn.tanh}
+"""Choices of `policy.critic_activation`."""
+
+
 class Scalars(nn.Module):
     """Value (reward units) and budget neuron (part of the remaining budget to spend on the next token, in (0, 1)).
 
@@ -37,22 +41,42 @@ class Scalars(nn.Module):
 
     hidden: int
     spend_init: float
+    layers: int = 1                 # hidden layers of the value head
+    activation: str = "silu"        # its, one of ACTIVATIONS
+    linear: bool = False            # the budget neuron has no hidden layer
 
     @nn.compact
     def __call__(self, x):
         bias = nn.initializers.constant(math.log(self.spend_init / (1 - self.spend_init)))
-        small = nn.Dense(1, kernel_init=nn.initializers.zeros, name="value")
-        value = small(nn.silu(nn.Dense(self.hidden, name="value_hidden")(jax.lax.stop_gradient(x))))[..., 0]
+        read = jax.lax.stop_gradient(x)
+        for i in range(self.layers):
+            dense = nn.Dense(self.hidden, name="value_hidden" + f"_{i}" * (i > 0))
+            read = ACTIVATIONS[self.activation](dense(read))
+        value = nn.Dense(1, kernel_init=nn.initializers.zeros, name="value")(read)[..., 0]
         neuron = nn.Dense(1, kernel_init=nn.initializers.zeros, bias_init=bias, name="spend")
-        spend = neuron(nn.silu(nn.Dense(self.hidden, name="spend_hidden")(x)))[..., 0]
+        spend = neuron(x if self.linear else nn.silu(nn.Dense(self.hidden, name="spend_hidden")(x)))[..., 0]
         return value, jax.nn.sigmoid(spend)
 
 
 def labels(params) -> dict:
     """The label of each parameter of a policy with `Scalars` under that name."""
     own = unlabelled(params)
-    value = {name: jax.tree.map(lambda _: VALUE, own["scalars"][name]) for name in ("value", "value_hidden")}
+    value = {name: jax.tree.map(lambda _: VALUE, part) for name, part in own["scalars"].items()
+             if name.startswith("value")}
     return own | {"scalars": own["scalars"] | value}
+
+
+class LinearActor(nn.Module):
+    """A zero-initialised change of the logits themselves, a table [v, n + 1]: an unembedding of the trunk's last
+    layers, the situation and 1, which are what is returned. Source: the code of Cohen et al. (2024)."""
+
+    vocabulary: int
+
+    @nn.compact
+    def __call__(self, x):
+        inputs = jnp.concatenate([x, jnp.ones((*x.shape[:-1], 1), x.dtype)], axis=-1)
+        self.param("table", nn.initializers.zeros, (self.vocabulary, inputs.shape[-1]))
+        return inputs
 
 
 class Actor(nn.Module):

@@ -47,7 +47,7 @@ class Finetuned(NamedTuple):
 def beside_base(config, settings, model: Finetuned) -> Policy:
     """The policy of a finetuned model. The value head and the budget neuron read its final hidden state, and their
     gradient stops there: its weights move for the policy alone."""
-    scalars = Scalars(settings.hidden, settings.spend_init)
+    scalars = Scalars(settings.hidden, settings.spend_init, settings.critic_layers, settings.critic_activation)
     def init(key, base):
         x = jnp.zeros(config.width + 3)
         return {model.name: model.init(jax.random.fold_in(key, 1), base), "scalars": scalars.init(key, x)["params"]}

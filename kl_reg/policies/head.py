@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from kl_reg.models import decoder
-from kl_reg.policies.actor import Actor, Scalars, Situation, labels
+from kl_reg.policies.actor import Actor, LinearActor, Scalars, Situation, labels
 from kl_reg.policies.interface import Alone, Factored, Policy, Reading, States, before, flat
 
 
@@ -13,9 +13,12 @@ def head(config: decoder.DecoderConfig, settings) -> Policy:
     """The paper's agent: actor, value head and budget neuron on the frozen trunk's last layers.
 
     One trunk pass a token serves policy, base, value and student, for all members in one flat batch; its activations
-    are recorded, so an update runs no trunk pass. Settings: `layers`, `hidden`, `spend_init`.
+    are recorded, so an update runs no trunk pass. Settings: `layers`, `hidden`, `spend_init`, `actor`,
+    `critic_layers`, `critic_activation`.
     """
-    actor, scalars = Actor(config.width, settings.hidden), Scalars(settings.hidden, settings.spend_init)
+    linear = settings.actor == "linear"
+    actor = LinearActor(config.vocab) if linear else Actor(config.width, settings.hidden)
+    scalars = Scalars(settings.hidden, settings.spend_init, settings.critic_layers, settings.critic_activation, linear)
 
     def init(key, base):
         del base
@@ -46,24 +49,29 @@ def head(config: decoder.DecoderConfig, settings) -> Policy:
         last = features[..., -config.width:]
         x = jnp.concatenate([features.astype(jnp.float32), situation.inputs()], axis=-1)
         value, spend = scalars.apply({"params": params["scalars"]}, x)
-        return States(last, actor.apply({"params": params["actor"]}, x).astype(last.dtype), value, spend)
+        own = actor.apply({"params": params["actor"]}, x)
+        return States(last, own if linear else own.astype(last.dtype), value, spend)
+
+    def table(params, base):
+        return params["actor"]["table"] if linear else decoder.unembedding(base)
 
     def read(params, base, features, situation: Situation):
         own = states(params, base, features, situation)
-        gap = decoder.unembed(decoder.unembedding(base), own.policy)
+        gap = decoder.unembed(table(params, base), own.policy)
         return Reading(decoder.logits(config, base, own.base), gap, own.value, own.spend)
 
     def logits_alone(params, base, features, situation, agent):
-        own, table = states(params, base, features, situation), decoder.unembedding(base)
+        own = states(params, base, features, situation)
         change = jnp.where(agent[..., None], own.policy, 0)
-        if config.logit_cap is None and own.base.dtype == jnp.float32:      # a sum of shorter floats would be rounded
-            return decoder.unembed(table, own.base + change)
-        return decoder.logits(config, base, own.base) + decoder.unembed(table, change)
+        # One product serves both where they have one table and no sum of shorter floats would be rounded.
+        if config.logit_cap is None and own.base.dtype == jnp.float32 and not linear:
+            return decoder.unembed(decoder.unembedding(base), own.base + change)
+        return decoder.logits(config, base, own.base) + decoder.unembed(table(params, base), change)
 
     def complete(base, features, transcript, slot, group=1):
         del base, transcript, slot, group
         return features
 
-    factored = Factored(states, lambda params, base: decoder.unembedding(base), False, config.logit_cap)
+    factored = Factored(states, table, linear, config.logit_cap)
     return Policy(init, prefill, decode, refresh, reread, read, relative=True, shared=True, factored=factored,
                   alone=Alone(prefill, decode, logits_alone, complete, speaks=True), labels=labels)

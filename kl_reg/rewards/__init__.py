@@ -21,7 +21,7 @@ from kl_reg.rewards.regex import regex
 from kl_reg.rewards.reward import NAN, Reward, assemble, digest, names, of, sources, weights_of
 from kl_reg.rewards.table import table
 from kl_reg.rewards.trainer import Trainer, TrainerState
-from kl_reg.rewards.vader import vader
+from kl_reg.rewards.vader import scaled
 
 __all__ = ["REWARDS", "Factory", "Reward", "Scores", "Trainer", "TrainerState", "build", "check", "digest", "gold",
            "names", "of", "score", "sources", "texts"]
@@ -37,8 +37,8 @@ class Factory(NamedTuple):
 
 
 REWARDS = Registry("reward.name")
-REWARDS.register("vader", Factory(lambda: vader))
-REWARDS.register("classifier", Factory(classifiers.classifier, ("path", "label"), classifiers.check))
+REWARDS.register("vader", Factory(scaled, ("scale",)))
+REWARDS.register("classifier", Factory(classifiers.classifier, ("path", "label", "scale"), classifiers.check))
 REWARDS.register("log_likelihood", Factory(likelihoods.log_likelihood, ("path",), likelihoods.check))
 REWARDS.register("length", Factory(length, ("target",)))
 REWARDS.register("regex", Factory(regex, ("pattern",)))
@@ -77,7 +77,7 @@ def build(settings: ConfigDict) -> Reward:
         ValueError, FileNotFoundError: as `check` does; or a model's weights do not fit.
     """
     check(settings)
-    return _made(_named("name", settings), settings, settings.weights)
+    return _made(_named("name", settings), settings, settings.weights)._replace(empty=settings.empty)
 
 
 def gold(settings: ConfigDict) -> Reward | None:

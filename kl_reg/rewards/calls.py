@@ -47,7 +47,8 @@ def score(reward: Reward, replies: Sequence[Reply], trainer: Trainer | None = No
         ValueError: a function requires what there is not, raised, or returned the wrong number of rewards or one that
             is no finite number; names the function and the sample. Or the columns of the replies differ.
     """
-    chosen = {i: reply for i, reply in enumerate(replies) if reply.scored}
+    silent = np.array([reply.scored and reward.empty is not None and not reply.text.strip() for reply in replies], bool)
+    chosen = {i: reply for i, reply in enumerate(replies) if reply.scored and not silent[i]}
     said = np.full((len(reward.functions), len(replies)), np.nan)
     if chosen:
         said[:, list(chosen)] = _ask(reward, chosen, trainer or Trainer())
@@ -56,9 +57,10 @@ def score(reward: Reward, replies: Sequence[Reply], trainer: Trainer | None = No
     if len(large):
         raise ValueError(f"reward functions {', '.join(reward.names)}: their weighted sum is {total[large[0]]} for "
                          f"{_sample(large[0], replies[large[0]])}; it must be a finite number in float32")
-    asked = np.isin(np.arange(len(replies)), list(chosen))
+    total = np.where(silent, reward.empty, total) if silent.any() else total
+    asked = np.isin(np.arange(len(replies)), list(chosen)) | silent
     return Scores(np.float32(total), dict(zip(reward.names, np.float32(said), strict=True)), asked,
-                  ~np.isnan(said).all(0))
+                  ~np.isnan(said).all(0) | silent)
 
 
 def _ask(reward, chosen, trainer):

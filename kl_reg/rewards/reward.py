@@ -13,12 +13,14 @@ from kl_reg.runs.fingerprint import digest_of, name_of
 
 class Reward(NamedTuple):
     """The weighted sum of what these functions say (scoring.py calls them). `names` are short and unique; `skip_nan`:
-    a NaN means None, and is no error."""
+    a NaN means None, and is no error. `empty`: what a reply without text is worth, whatever they would say; None: they
+    say it."""
 
     names: tuple[str, ...]
     functions: tuple[Callable, ...]
     weights: tuple[float, ...]
     skip_nan: bool = False
+    empty: float | None = None
 
 
 @runtime_checkable
@@ -108,4 +110,5 @@ def digest(reward: Reward) -> str:
     """SHA-256 of what the rewards depend on: weights and functions (see `digest_of`)."""
     said = [f"{weight!r} {digest_of(function)}"
             for weight, function in zip(reward.weights, reward.functions, strict=True)]
+    said += [] if reward.empty is None else [f"empty {reward.empty!r}"]
     return hashlib.sha256("\n".join(said).encode()).hexdigest()

@@ -30,6 +30,7 @@ class Inputs(NamedTuple):
     environment: str
     student: str
     functions: list[list[str]]
+    start: list[str] = []           # of the states that a run started from
 
 
 def describe(config: ConfigDict, inputs: Inputs, members: Sequence[Sequence[int]], quantize: dict | None) -> dict:
@@ -40,37 +41,60 @@ def describe(config: ConfigDict, inputs: Inputs, members: Sequence[Sequence[int]
         quantize: how the base was rounded.
     """
     flat = (inputs.base, *inputs.rewards, *itertools.chain(*inputs.references), inputs.environment, inputs.student,
-            *itertools.chain(*inputs.functions))
+            *itertools.chain(*inputs.functions), *inputs.start)
     return {"config": json.loads(config.to_json()), "fingerprint": configs.fingerprint(config, *flat),
             "base": inputs.base, "references": {str(i): digests for own, digests in
                                                 zip(members, inputs.references, strict=True) for i in own},
             "quantize": quantize, "inputs": inputs._asdict()}
 
 
-def claim(workdir: storage.Path, resolved: dict) -> None:
-    """Makes `workdir` this experiment's, or checks that it already is.
+def claim(workdir: storage.Path, resolved: dict) -> str:
+    """Makes `workdir` this experiment's, or checks that it already is. One that differs in more `rl.iterations` alone
+    goes on.
 
     Args:
-        resolved: {"config": the resolved configuration, "fingerprint": of it}; written as config.json.
+        resolved: of `describe`; written as config.json.
+
+    Returns:
+        What is to be said of a run that goes on for longer; else "".
 
     Raises:
-        FileExistsError: the directory holds another experiment, or something that is none.
+        FileExistsError: the directory holds another experiment, or something that is none; lists what differs.
     """
     file = workdir / "config.json"
     if (workdir / "sweep.json").exists():
         raise FileExistsError(f"{workdir} holds a sweep of several programs: continue it with python -m launch.sweep "
                               "--config=... --jobs=1, or choose another --workdir")
     if file.exists():
-        found = storage.read_json(file)["fingerprint"]
-        if found != resolved["fingerprint"]:
-            raise FileExistsError(f"{workdir} holds another experiment (fingerprint {found}, this one is "
-                                  f"{resolved['fingerprint']}); choose another --workdir, or the configuration in its "
-                                  "config.json to resume it")
-        return
+        stored = storage.read_json(file)
+        if stored["fingerprint"] == resolved["fingerprint"]:
+            return ""
+        changed = _differences(stored, resolved)
+        old, new = changed.get("rl.iterations", (0, 0))
+        if set(changed) == {"rl.iterations"} and new > old:
+            storage.write_json(file, resolved)
+            return (f"{workdir}: rl.iterations {old} -> {new}; the run goes on, from here on with the schedules of "
+                    f"{new} iterations")
+        shown = [f"{key} {old!r} -> {new!r}" for key, (old, new) in changed.items()]
+        raise FileExistsError(f"{workdir} holds another experiment: {', '.join(shown) or 'another fingerprint'}; "
+                              "choose another --workdir, or the configuration in its config.json to resume it (more "
+                              "rl.iterations alone would go on)")
     if storage.holds_something(workdir):
         raise FileExistsError(f"{workdir} is not empty and holds no config.json of an experiment; choose another "
                               "--workdir")
     storage.write_json(file, resolved)
+    return ""
+
+
+def _differences(stored, resolved):
+    """What counts for a result and differs: setting or input -> (old, new)."""
+    old, new = ({key: value for key, value in configs.flat(ConfigDict(own["config"])).items() if configs.counts(key)}
+                | {f"the digest of {key}": value for key, value in own.get("inputs", {}).items()}
+                for own in (stored, resolved))
+    lacking = object()
+    pairs = {key: (old.get(key, configs.LATER.get(key, lacking)), value) for key, value in new.items()}
+    return {key: (None if before is lacking else before, after) for key, (before, after) in pairs.items()
+            if before != after and not (before is lacking and key.startswith("the digest"))}
 
 
 def steps(folder: storage.Path) -> list[int]:

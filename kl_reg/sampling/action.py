@@ -28,7 +28,7 @@ def truncate(log_probs: Float[Array, " v"], allowed: Bool[Array, " v"]) -> Float
 
 def student_log_probs(sampling: Sampling, logits: Float[Array, " v"]) -> Float[Array, " v"]:
     """The student's distribution as it is sampled."""
-    log_probs = jax.nn.log_softmax(logits / sampling.temperature)
+    log_probs = jax.nn.log_softmax(logits / sampling.of_student)
     return truncate(log_probs, sampling.keep(log_probs)) if sampling.truncates else log_probs
 
 

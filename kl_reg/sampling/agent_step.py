@@ -33,11 +33,12 @@ class AgentState(NamedTuple):
 
 class At(NamedTuple):
     """Where the next token of each episode stands, [b]: how many tokens the episode has before it, in which turn it is,
-    and whether the agent writes it."""
+    and whether the agent writes it; `spent`: what the ledger has recorded there, where it is not run again."""
 
     position: Int[Array, " b"]
     turn: Int[Array, " b"]
     agent: Bool[Array, " b"]
+    spent: Float[Array, " b"] | None = None
 
 
 class View(NamedTuple):
@@ -55,7 +56,7 @@ class Choice(NamedTuple):
 
     `logits` are the policy's, any normalisation; `log_ref` the reference's log-probabilities on the allowed tokens;
     `floor` its -log mass, nats. `allowance` is what the budget lets the token cost above the floor, nats, `fraction` of
-    what remains; `fraction_log_prob` is the fraction's log-probability where it was drawn, else 0.
+    `remaining`; `fraction_log_prob` is the fraction's log-probability where it was drawn, else 0.
     """
 
     logits: Float[Array, " v"]
@@ -64,6 +65,7 @@ class Choice(NamedTuple):
     allowance: Float[Array, ""]
     fraction: Float[Array, ""]
     fraction_log_prob: Float[Array, ""]
+    remaining: Float[Array, ""]
 
 
 def look(program: Program, frozen: Frozen, agent: AgentState, at: At, ledger: budget.Ledger, features, seen,
@@ -76,6 +78,8 @@ def look(program: Program, frozen: Frozen, agent: AgentState, at: At, ledger: bu
         read: (features, situation) -> Reading, instead of the policy's own.
     """
     ledger = budget.enter(ledger, jnp.where(at.agent, at.turn, ledger.turn))
+    if at.spent is not None:
+        ledger = ledger._replace(spent=at.spent, spent_rest=jnp.zeros_like(at.spent))
     remaining = budget.left(agent.caps, ledger, program.agent.carry)
     situation = Situation(remaining, budget.part_left(agent.caps, ledger, remaining),
                           at.position / program.task.env.length)
@@ -107,9 +111,11 @@ def choose(program: Program, measure: Measure, allowed: UInt8[Array, " w"] | Non
     fraction = program.agent.spend.fraction(neuron, drawn, jnp.maximum(program.task.env.length - position, 1))
     chance = program.agent.spend.log_prob(neuron, drawn)
     if not program.agent.constrained:
-        return Choice(log_ref + gap, log_ref, measure.floor, jnp.zeros(()), fraction, chance)
-    allowance = fraction * jnp.maximum(remaining - measure.floor, 0.0)
-    return Choice(budget.tilted(log_ref, gap, allowance), log_ref, measure.floor, allowance, fraction, chance)
+        return Choice(log_ref + gap, log_ref, measure.floor, jnp.zeros(()), fraction, chance,
+                      remaining)
+    allowance = fraction * jnp.maximum(remaining - measure.floor, 0.0) + program.agent.target_floor
+    return Choice(program.agent.operation(log_ref, gap, allowance), log_ref, measure.floor, allowance, fraction,
+                  chance, remaining)
 
 
 def settle(program: Program, choice: Choice, action: Int[Array, ""]) -> tuple[TokenTerms, Float[Array, ""]]:
@@ -117,5 +123,5 @@ def settle(program: Program, choice: Choice, action: Int[Array, ""]) -> tuple[To
     ledger is charged for it, nats."""
     terms = token_terms(choice.logits, choice.log_ref, action, program.algorithm.kl.config.direction == "forward")
     terms = terms._replace(log_ratio=terms.log_ratio + choice.floor, kl=terms.kl + choice.floor)
-    cost = program.agent.spend.charge(terms.kl, choice.allowance + choice.floor)
+    cost = program.agent.spend.charge(terms, choice.allowance + choice.floor, choice.remaining)
     return terms._replace(log_prob=terms.log_prob + choice.fraction_log_prob), cost

@@ -234,7 +234,9 @@ def _step_alone(program: Program, fixed, carry, position, features, state):
     role, zero = jnp.where(over, PAD, role), jnp.zeros(over.shape)
     situation = Situation(zero + jnp.inf, zero, jnp.full(over.shape, position / program.task.env.length))
     logits = over_members(program.agent.policy.alone.logits, (0, None, 0, 0, 0))(
-        fixed.params, fixed.frozen.base, features, situation, role == AGENT) / program.agent.sampling.temperature
+        fixed.params, fixed.frozen.base, features, situation, role == AGENT)
+    sampling = program.agent.sampling
+    logits /= jnp.where(role == AGENT, sampling.temperature, sampling.of_student)[..., None]
 
     def draw(logits, key):
         return inverse_cdf(logits - logits.max(), jax.random.uniform(jax.random.fold_in(key, position)))

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
+import optax
 from ml_collections import ConfigDict
 
 from kl_reg import algorithms, envs
@@ -14,7 +15,8 @@ from kl_reg.config import Static
 from kl_reg.envs.environment import Environment
 from kl_reg.episodes.token_groups import token_groups
 from kl_reg.kl import controllers, estimators
-from kl_reg.kl.spends import SPENDS
+from kl_reg.kl.operations import OPERATIONS
+from kl_reg.kl.spends import SPENDS, sampled_log_ratio
 from kl_reg.policies import kinds as policies
 from kl_reg.policies import student
 from kl_reg.pretrained import embeddings, end_tokens, tokenizer, weights
@@ -26,14 +28,15 @@ from kl_reg.training import optimizer
 from kl_reg.types import Sampling
 
 
-def build(static: Static, model: weights.Model, start=None, loss: Callable | None = None, cpu: bool | None = None
-          ) -> Program:
+def build(static: Static, model: weights.Model, start=None, loss: Callable | None = None, cpu: bool | None = None,
+          first: int = 0) -> Program:
     """The program of these settings, and how it is computed.
 
     Args:
         start: parameters of a run's member, where that is the reference.
         loss: instead of the one that `rl.loss` names.
         cpu: whether it is for a CPU; None: as JAX's backend says.
+        first: the number of its first iteration.
 
     Raises:
         ValueError: an episode with its opening is longer than the model's context, a model has no embedding for a
@@ -44,11 +47,11 @@ def build(static: Static, model: weights.Model, start=None, loss: Callable | Non
         raise ValueError(f"model.attention='cudnn': needs an NVIDIA GPU; JAX runs on {jax.default_backend()!r} here. "
                          "Choose '', or 'xla', its equal")
     rl, task = config.rl, _task(config, model)
-    schedule = Schedule(rl.iterations, rl.episodes, rl.epochs, rl.minibatches, rl.accumulate)
+    schedule = Schedule(rl.iterations, rl.episodes, rl.epochs, rl.minibatches, rl.accumulate, first)
     agent = _agent(config, model, start, static.constrained)
     if not agent.reference.proper:
         estimators.check_semi(static.kl())
-    algorithm = _algorithm(config, static.kl(), loss, agent)
+    algorithm = _algorithm(config, static.kl(), loss, agent, first)
     cpu = jax.default_backend() == "cpu" if cpu is None else cpu
     return Program(agent, task, algorithm, schedule,
                    execute(agent, task, algorithm, schedule, rl.entries, config.model.copies, cpu))
@@ -65,7 +68,7 @@ def own_parts(static: Static, loss: Callable | None = None) -> list:
     update = (loss or algorithms.LOSSES[rl.loss], advantages.ADVANTAGES[rl.advantage],
               reductions.REDUCTIONS[rl.reduction])
     named = ((envs.ENVIRONMENTS, config.env.name), (estimators.ESTIMATORS, estimators.canonical(kl.estimator)),
-             (SPENDS, kl.spend), (controllers.CONTROLLERS, kl.controller),
+             (SPENDS, kl.spend), (OPERATIONS, kl.operation), (controllers.CONTROLLERS, kl.controller),
              (references.REFERENCES, config.reference.name), (policies.POLICIES, config.policy.kind))
     return [*(part for part in update if not is_library(part)),
             *(registry[name] for registry, name in named if "." in name)]
@@ -82,7 +85,8 @@ def _task(config: ConfigDict, model) -> Task:
         raise ValueError(f"env.length={env.length} and an opening of {slots - env.length} tokens make {slots}; the "
                          f"context of env.student_model={other!r} is {weights.load_config(other).max_position}")
     _check_embeddings(config, env, words, model)
-    return Task(env, token_groups(words, config.env.end, config.log.groups.to_dict()))
+    return Task(env, token_groups(words, config.env.end, config.log.groups.to_dict()),
+                config.env.empty_tokens)
 
 
 def _agent(config: ConfigDict, model, start, constrained) -> Agent:
@@ -91,20 +95,23 @@ def _agent(config: ConfigDict, model, start, constrained) -> Agent:
                                  attention=config.model.attention)
     policy = policies.build(config.policy.kind, shapes, config.policy)
     writes = student.other(weights.load_config(other, config.model.dtype)) if other else student.base()
+    spend, hard = SPENDS[kl.spend](config.policy.spend_levels), kl.ledger == "exact"
+    spend = spend if hard else spend._replace(charge=sampled_log_ratio)
     return Agent(policy, references.build(config.reference, policy, drawn, start), writes, drawn, constrained,
-                 SPENDS[kl.spend](config.policy.spend_levels), kl.carry)
+                 OPERATIONS[kl.operation], spend, kl.carry, hard, kl.target_floor)
 
 
-def _algorithm(config: ConfigDict, kl: estimators.KLConfig, loss, agent) -> Algorithm:
+def _algorithm(config: ConfigDict, kl: estimators.KLConfig, loss, agent, first) -> Algorithm:
     rl, optim = config.rl, config.optim
-    factor = optimizer.schedule(optim.warmup, optim.final, rl.iterations)
+    factor = optimizer.schedule(optim.warmup, optim.final, rl.iterations, first)
     return Algorithm(
         loss=loss or algorithms.LOSSES[rl.loss],
         per_token=loss is None and algorithms.LOSSES.facts(rl.loss)["per_token"],
         advantage=advantages.ADVANTAGES[rl.advantage], reduction=reductions.REDUCTIONS[rl.reduction],
         kl=estimators.build(kl), controller=controllers.CONTROLLERS[config.kl.controller](rl.iterations, rl.episodes),
         group=rl.group, normalise=rl.normalise, learning_rate=factor,
-        optimizer=optimizer.chain(optim.max_grad_norm, factor, agent.policy.labels))
+        optimizer=optimizer.chain(optim.max_grad_norm, factor, agent.policy.labels, optax.scale_by_adam(eps=optim.eps),
+                                  optim.policy_grad_norm))
 
 
 def _check_embeddings(config: ConfigDict, env: Environment, words, model):

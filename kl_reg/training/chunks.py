@@ -23,6 +23,7 @@ class Scores(NamedTuple):
 
     terms: TokenTerms
     value: Float[Array, "b k"]
+    miss: Float[Array, "b k"] | None = None         # (D - allowance)^2, nats^2; None: there is no budget
 
 
 class Cost(NamedTuple):

@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -14,14 +15,15 @@ from ml_collections import ConfigDict
 from kl_reg import config as configs
 from kl_reg import rewards, storage, validation
 from kl_reg.episodes.metrics import objective
+from kl_reg.kl import budget
 from kl_reg.pretrained import end_tokens, folders, quantize, tokenizer, weights
-from kl_reg.runs import checkpoint
+from kl_reg.runs import checkpoint, lineage
 from kl_reg.runs import log as run_log
 from kl_reg.runs.fingerprint import name_of
 from kl_reg.sampling import rollout
 from kl_reg.sharding import mesh as meshes
 from kl_reg.sharding import multihost
-from kl_reg.training import evaluate, member_groups
+from kl_reg.training import evaluate, member_groups, scoring
 from kl_reg.training.rewarding import Judges, describe, judge_members
 from kl_reg.types import Episodes
 
@@ -40,25 +42,25 @@ class Result(NamedTuple):
 
 def train(config: ConfigDict, reward_fn: Callable | Sequence[Callable] | None = None,
           workdir: str | os.PathLike = "runs/latest", loss_fn: Callable | None = None,
-          began: float | None = None) -> Result:
+          began: float | None = None, start: str | None = None) -> Result:
     """Trains all members of `config.sweep` (one, if it is empty) and evaluates them and the base.
 
     Arguments and errors are those of `kl_reg.train`, which writes the report as well.
     """
     began = time.monotonic() if began is None else began
     config, workdir = config.copy_and_resolve_references(), storage.path(workdir)
-    weighted, nan = config.reward.weights, config.reward.nan
+    weighted, nan, empty = config.reward.weights, config.reward.nan, config.reward.empty
     if reward_fn is not None:                   # whatever else was named is not used
         if not config.reward.gold:
             with config.unlocked():
                 config.reward = configs.default().reward
-        config.reward.update({"name": "vader", "weights": (), "nan": nan})
+        config.reward.update({"name": "vader", "weights": (), "nan": nan, "empty": empty})
     if loss_fn is not None:
         if any("rl.loss" in member for member in configs.members(config)):
             raise ValueError("loss_fn: the sweep has rl.loss, which it would replace in all members; give one of them")
         config.rl.loss = "reinforce"
     validation.validate(config)
-    judges = Judges(rewards.build(config.reward) if reward_fn is None else rewards.of(reward_fn, weighted, nan),
+    judges = Judges(_reward(config, reward_fn, weighted),
                     rewards.gold(config.reward), rewards.TrainerState(config.rl.iterations, config.rl.iterations))
     judged = [rewards.digest(reward) for reward in (judges.reward, judges.gold) if reward]
     if reward_fn is not None:
@@ -70,19 +72,30 @@ def train(config: ConfigDict, reward_fn: Callable | Sequence[Callable] | None = 
     if config.model.quantize:
         model, rounding = quantize.convert(model)
         _say(f"model.quantize={config.model.quantize}: {rounding}")
-    groups = member_groups.plan(config, model, loss_fn, mesh)
+    start, digest = start or lineage.recorded(workdir), folders.digest(model.folder)
+    if start is not None:
+        start = lineage.open_start(start, config, digest)
+        _say(f"from {start.address}, iteration {start.iteration}: {', '.join(start.changes) or 'the same settings'}")
+    first = 0 if start is None else start.iteration
+    groups = member_groups.plan(config, model, loss_fn, mesh, first)
     if groups[0].program.task.env.ends:
         words = tokenizer.load(model.folder)
         _say(f"end tokens: {end_tokens.describe(end_tokens.named(model.folder, words), words)}")
     student = config.env.student_model
     inputs = checkpoint.Inputs(
-        folders.digest(model.folder), judged, [list(group.digests) for group in groups],
+        digest, judged, [list(group.digests) for group in groups],
         groups[0].program.task.env.digest, folders.digest(folders.find(student)) if student else "",
-        [list(group.functions) for group in groups])
+        [list(group.functions) for group in groups], [] if start is None else start.digests)
     resolved = checkpoint.describe(config, inputs, [group.members for group in groups], rounding and rounding.record())
-    multihost.first(lambda: checkpoint.claim(workdir, resolved))
+    if start is not None:
+        resolved["from"] = start.record()
+    longer = multihost.first(lambda: checkpoint.claim(workdir, resolved))
+    if longer:
+        _say(longer)
     states = [group.run.init(model.params, group.seeds, group.hyper) for group in groups]
     saved = checkpoint.Checkpoints(workdir / "checkpoints", resolved, config.checkpoint.keep)
+    if start is not None:
+        states = [lineage.begin(start, group.members, state) for group, state in zip(groups, states, strict=True)]
     states = saved.restore(states)
     if mesh is not None:
         _say(meshes.describe(mesh, model.params, states))
@@ -98,6 +111,12 @@ def train(config: ConfigDict, reward_fn: Callable | Sequence[Callable] | None = 
                   float(np.median(rates)) if rates else None)
 
 
+def _reward(config, reward_fn, weights):
+    if reward_fn is None:
+        return rewards.build(config.reward)
+    return rewards.of(reward_fn, weights, config.reward.nan)._replace(empty=config.reward.empty)
+
+
 def _say(text):
     if multihost.writes():
         print(run_log.writable(text, sys.stdout.encoding))
@@ -105,17 +124,17 @@ def _say(text):
 
 def _iterate(config, groups, states, judges, workdir, saved, start):
     """Runs the iterations that are left; `states` is updated in place, one entry a group. Tokens per second of each."""
-    done = int(meshes.fetch(states[0].iteration)[0])
+    done, total = int(meshes.fetch(states[0].iteration)[0]), groups[0].program.schedule.end
     hypers, rates, late, silent = member_groups.hyper_of(config), [], set(), set()
     logs = [run_log.MemberLog(workdir / f"members/{i}", hyper, done, config.log.tensorboard)
             for i, hyper in enumerate(hypers)] if multihost.writes() else []
-    with run_log.progress_bar("train", config.rl.iterations, done, multihost.writes()) as bar, \
+    with run_log.progress_bar("train", total, done, multihost.writes()) as bar, \
             run_log.compilations() as compiled:
-        if done:
-            bar.log(f"{workdir}: already trained for {done} of {config.rl.iterations} iterations")
-        for iteration in range(done, config.rl.iterations):
+        if done > groups[0].program.schedule.first:
+            bar.log(f"{workdir}: already trained for {done} of {total} iterations")
+        for iteration in range(done, total):
             began, before = time.monotonic(), len(compiled)
-            state = rewards.TrainerState(iteration, config.rl.iterations)
+            state = rewards.TrainerState(iteration, total)
             rows = _iteration(groups, states, judges._replace(state=state))
             seconds = time.monotonic() - began
             if iteration == done:
@@ -129,7 +148,7 @@ def _iterate(config, groups, states, judges, workdir, saved, start):
             shown = {name: np.mean([np.nan if row[name] is None else row[name] for row in rows.values()])
                      for name in ("return", "kl/nats_per_episode")}
             bar.step(**shown, **{"tokens/s": rates[-1]})
-            if (iteration + 1) % config.checkpoint.every == 0 or iteration + 1 == config.rl.iterations:
+            if (iteration + 1) % config.checkpoint.every == 0 or iteration + 1 == total:
                 for log in logs:
                     log.flush()
                 saved.save(iteration + 1, states)
@@ -174,12 +193,25 @@ class _Batch(NamedTuple):
     said: Episodes
 
 
+def _hyper_at(group, state):
+    """The group's settings at this iteration: budgets may grow (`kl.budget_ramp`)."""
+    if not group.program.agent.constrained:
+        return group.hyper
+    return _ramped(group.program.schedule, group.hyper, state.iteration)
+
+
+@partial(jax.jit, static_argnums=0)
+def _ramped(schedule, hyper, iteration):
+    caps = budget.ramped(scoring.caps_of(hyper), hyper.kl_budget_ramp, iteration - schedule.first, schedule.iterations)
+    return hyper._replace(kl_budget=caps.episode, kl_turn_budget=caps.turn, kl_token_budget=caps.token)
+
+
 def _sample(group, state):
     keys = rollout.member_keys(state.seed, state.iteration)
     first = meshes.put_members(np.zeros(len(group.members), np.int32), group.mesh)
     with jax.transfer_guard("disallow"):        # what moves between host and device is said here
-        episodes = group.run.draw(state.params, state.reference, group.hyper, group.frozen, keys, first,
-                                    group.program.algorithm.group)
+        episodes = group.run.draw(state.params, state.reference, _hyper_at(group, state), group.frozen, keys, first,
+                                  group.program.algorithm.group)
         return _Batch(episodes, meshes.readable(evaluate.without_features(episodes)))
 
 
@@ -193,7 +225,7 @@ def _update(group, state, batch, judges):
         stream, known = (meshes.put_episodes(np.stack([getattr(own.credit, name) for own in judged]), group.mesh)
                          for name in ("stream", "judged"))
         state, parts, extreme, episodes = group.run.update(
-            state, group.hyper, group.frozen, batch.episodes._replace(judged=known), stream)
+            state, _hyper_at(group, state), group.frozen, batch.episodes._replace(judged=known), stream)
         parts, extreme, recorded = meshes.fetch((parts, extreme, episodes))
     rows = [describe(group.program, own, jax.tree.map(lambda x, i=i: x[i], recorded)) for i, own in enumerate(judged)]
     for i, row in enumerate(rows):

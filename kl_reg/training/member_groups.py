@@ -39,19 +39,20 @@ class Group(NamedTuple):
     mesh: Mesh | None = None
 
 
-def plan(config: ConfigDict, model: weights.Model, loss: Callable | None = None, mesh: Mesh | None = None
-         ) -> list[Group]:
+def plan(config: ConfigDict, model: weights.Model, loss: Callable | None = None, mesh: Mesh | None = None,
+         first: int = 0) -> list[Group]:
     """The programs of a sweep; raises as `build.build` does. Base model, student and references are shared by all.
 
     Args:
         loss: instead of the one that `rl.loss` names.
         mesh: on which the model lies; None: on one device.
+        first: the number of the first iteration.
 
     Raises:
         ValueError: the members or episodes of a program cannot be divided over the mesh.
     """
     load, student = functools.cache(partial(load_reference, mesh=mesh)), _student(config, mesh)
-    groups = [_group(members, model, student, load, loss, mesh) for members in run_directory.groups(config)]
+    groups = [_group(members, model, student, load, loss, mesh, first) for members in run_directory.groups(config)]
     for group in groups if mesh is not None else ():
         check_mesh(group.program, config.parallel.mode, len(group.members), model.config.experts, mesh)
     return groups
@@ -69,11 +70,11 @@ def base_group(groups: list[Group], config: ConfigDict, model: weights.Model) ->
     return _group([(0, own)], model, groups[0].frozen.student, load_reference, loss, groups[0].mesh)
 
 
-def _group(members, model, student, load, loss, mesh):
+def _group(members, model, student, load, loss, mesh, first=0):
     statics, hypers, seeds = zip(*(configs.split(own) for _, own in members), strict=True)
     settings = statics[0].config()
     frozen, start, digests = load(tuple(settings.reference.paths))
-    built = build(statics[0], model, start, loss)
+    built = build(statics[0], model, start, loss, first=first)
     hyper = jax.tree.map(lambda *x: np.stack(x), *hypers)
     hyper, seeds = meshes.put_members((hyper, np.array(seeds, np.int32)), mesh)
     return Group([number for number, _ in members], built,

@@ -123,6 +123,9 @@ def objective(program: Program, params, memory, frozen: Frozen, episodes: Episod
     logged = {"loss/policy_avg": reduce(parts.policy), "loss/kl": reduce(parts.kl), "loss/value_avg": value,
               "policy/entropy_avg": average(parts.entropy), "policy/clipfrac_avg": average(parts.clipped),
               "policy/approxkl_avg": average(parts.approx_kl), "val/ratio": average(parts.ratio)}
+    if scores.miss is not None:
+        logged["loss/budget_miss"] = reduce(jnp.where(mask, scores.miss, 0.0))
+        total += hyper.kl_miss_coef * logged["loss/budget_miss"]
     return total + hyper.value_coef * value, (logged, scores)
 
 

@@ -12,15 +12,18 @@ from kl_reg.policies.interface import POLICY, VALUE
 from kl_reg.types import Hyper
 
 
-def schedule(warmup: int, final: float, iterations: int) -> optax.Schedule:
-    """The factor of a learning rate at an iteration: linear warm-up to 1, then linear decay to `final`."""
+def schedule(warmup: int, final: float, iterations: int, first: int = 0) -> optax.Schedule:
+    """The factor of a learning rate at an iteration: linear warm-up to 1, then linear decay to `final`. The run's first
+    iteration is number `first`."""
     start = (optax.linear_schedule(1 / warmup, 1.0, warmup - 1) if warmup > 1 else optax.constant_schedule(1.0))
-    return optax.join_schedules(
+    joined = optax.join_schedules(
         [start, optax.linear_schedule(1.0, final, max(iterations - warmup, 1))], [warmup - 1])
+    return lambda iteration: joined(iteration - first)
 
 
 def chain(max_grad_norm: float | None, factor: optax.Schedule, labels: Callable,
-          direction: optax.GradientTransformation | None = None) -> optax.GradientTransformationExtraArgs:
+          direction: optax.GradientTransformation | None = None, policy_grad_norm: float | None = None
+          ) -> optax.GradientTransformationExtraArgs:
     """Clipping by the global norm, Adam, and a learning rate for each label, of one member.
 
     `update` takes `hyper`, `iteration` and `grad_norm` (of `safe_norm`) beside gradients, state and parameters.
@@ -30,10 +33,15 @@ def chain(max_grad_norm: float | None, factor: optax.Schedule, labels: Callable,
         factor: of `schedule`.
         labels: parameters -> the label of each, POLICY or VALUE.
         direction: of a step of size 1, instead of Adam's.
+        policy_grad_norm: that of the parameters with the label POLICY by themselves; None: no clipping of their own.
     """
     direction = optax.scale_by_adam() if direction is None else direction
     rates = {POLICY: lambda hyper: hyper.learning_rate, VALUE: value_learning_rate}
-    return optax.chain(clip(max_grad_norm) if max_grad_norm is not None else optax.identity(), direction,
+    first = clip(max_grad_norm) if max_grad_norm is not None else optax.identity()
+    if policy_grad_norm is not None:
+        own = {POLICY: clip_own(policy_grad_norm), VALUE: optax.identity()}
+        first = optax.chain(first, optax.partition(own, labels))
+    return optax.chain(first, direction,
                        optax.partition({label: descend(factor, rate) for label, rate in rates.items()}, labels))
 
 
@@ -60,6 +68,16 @@ def clip(limit: float) -> optax.GradientTransformationExtraArgs:
         return jax.tree.map(lambda x: x * shrink, updates), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def clip_own(limit: float) -> optax.GradientTransformation:
+    """Shrinks the gradients that it is given to a norm of at most `limit`."""
+    def update(updates, state, params=None):
+        del params
+        shrink = jnp.minimum(1.0, limit / jnp.maximum(safe_norm(updates), 1e-30))
+        return jax.tree.map(lambda x: x * shrink, updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def safe_norm(tree) -> Float[Array, ""]:

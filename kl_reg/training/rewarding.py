@@ -108,7 +108,8 @@ def credit(program: Program, episodes: Episodes, answers: Sequence[Answers]) -> 
 
 def describe(program: Program, judged: Judgement, episodes: Episodes) -> dict:
     """The metrics of a batch [b, ...] with its record."""
-    return {**summarise(episodes, judged.turns, judged.credit.returns), **kl_by_group(episodes, program.task.groups),
+    task, returns = program.task, judged.credit.returns
+    return {**summarise(episodes, judged.turns, returns, task.empty_tokens), **kl_by_group(episodes, task.groups),
             **judged.row}
 
 

@@ -96,7 +96,8 @@ def read_in_order(program: Program, params, memory, frozen: Frozen, episodes: Ep
         def row(measure, neuron, value, allowed, remaining, position, action, drawn):
             choice = choose(program, measure, allowed, remaining, neuron, drawn, position)
             terms, cost = settle(program, choice, action)
-            return Scores(terms, value), cost
+            miss = (terms.kl - choice.floor - choice.allowance) ** 2 if program.agent.constrained else None
+            return Scores(terms, value, miss), cost
 
         scores, cost = jax.vmap(row)(view.measure._replace(models=None), view.reading.spend, view.reading.value,
                                      allowed, view.remaining, at.position, action, drawn)
@@ -108,10 +109,12 @@ def read_in_order(program: Program, params, memory, frozen: Frozen, episodes: Ep
     def position(ledger, xs):
         index, *xs = xs
         zero = jnp.zeros(rows)
-        nothing = lambda ledger, *xs: (ledger, Scores(TokenTerms(*[zero] * len(TokenTerms._fields)), zero))  # noqa: E731
+        none = Scores(TokenTerms(*[zero] * len(TokenTerms._fields)), zero, zero if program.agent.constrained else None)
+        nothing = lambda ledger, *xs: (ledger, none)  # noqa: E731
         return jax.lax.cond(index < longest, read, nothing, ledger, *xs)
 
-    at = At(episodes.slot - width, jnp.take_along_axis(episodes.transcript.turns, episodes.slot, axis=1), episodes.mask)
+    at = At(episodes.slot - width, jnp.take_along_axis(episodes.transcript.turns, episodes.slot, axis=1), episodes.mask,
+            None if program.agent.hard else episodes.spent_before)
     stream = episodes.features, episodes.reference, episodes.allowed, at, episodes.action, episodes.fraction
     stream = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), stream)
     _, scores = jax.lax.scan(position, budget.open_ledger((rows,)), (jnp.arange(episodes.mask.shape[1]), *stream))

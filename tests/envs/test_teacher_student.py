@@ -271,3 +271,50 @@ def test_chats_are_not_of_this_environment(tiny_tokenizer, tmp_path):
     source = jsonl(tmp_path / "a.jsonl", [{"prompt": [{"role": "user", "content": "hi"}]}])
     with pytest.raises(ValueError, match="'prompt' is a chat, which env.name='completion' takes"):
         Stage(tiny_tokenizer, openings=source)
+
+
+@pytest.mark.parametrize("markers", ["forced", "written"])
+def test_a_reply_is_cut_at_its_limit_and_counts_as_finished(tiny_tokenizer, markers):
+    """Three tokens of the student; the environment then writes the end marker and the agent's prefix, and the agent's
+    own turns have no limit."""
+    stage = Stage(tiny_tokenizer, length=20, markers=markers, reply_limit=3)
+    script = "abcd\nB:uvwefgh\nB:" if markers == "written" else "abcd\nuvwefgh\n"
+    roles, turns, tokens = stage.play(stage.bytes(script))
+    end = said(tiny_tokenizer, tokens)
+    assert end.startswith("abcd\nB:uvw\nA:efgh\n")
+    replies = stage.env.read(stage.transcript((roles, turns, tokens)))
+    assert [(r.role, r.text, r.finished, r.scored) for r in replies[:3]] == [
+        (AGENT, "abcd", True, False), (STUDENT, "uvw", True, True), (AGENT, "efgh", True, False)]
+
+
+@pytest.mark.parametrize("markers", ["forced", "written"])
+def test_the_models_end_tokens_end_a_turn_of_either_speaker(tiny_tokenizer, markers):
+    """As its marker would: the environment writes end marker and prefix; the end token is no part of the text."""
+    eos = tiny_tokenizer.token_to_id("<|start|>")
+    stage = Stage(tiny_tokenizer, length=18, eos=frozenset([eos]), markers=markers, end_tokens=True)
+    script = [*stage.bytes("ab"), eos, *stage.bytes("uv"), eos, eos, *stage.bytes("x")]
+    roles, turns, tokens = stage.play(script)
+    assert said(tiny_tokenizer, tokens).startswith("ab<|start|>\nB:uv<|start|>\nA:<|start|>\nB:x")
+    replies = stage.env.read(stage.transcript((roles, turns, tokens)))
+    assert [(r.role, r.text, r.finished, r.scored) for r in replies[:3]] == [
+        (AGENT, "ab", True, False), (STUDENT, "uv", True, True), (AGENT, "", True, False)]
+    assert replies[1].ids == stage.bytes("uv")
+    with pytest.raises(ValueError, match="env.end_tokens=True: neither the model's config.json"):
+        Stage(tiny_tokenizer, end_tokens=True)
+
+
+def test_after_a_cut_written_markers_are_looked_for_as_before(tiny_tokenizer):
+    eos = tiny_tokenizer.token_to_id("<|start|>")
+    stage = Stage(tiny_tokenizer, length=22, eos=frozenset([eos]), markers="written", end_tokens=True)
+    roles, _, tokens = stage.play([*stage.bytes("a"), eos, *stage.bytes("u\nA:b\nB:v\nA:")])
+    assert said(tiny_tokenizer, tokens).startswith("a<|start|>\nB:u\nA:b\nB:v\nA:")
+    assert letters(roles).startswith("AAFFF"[:2]) and letters(roles)[2] == "F" and "S" in letters(roles)
+    assert letters(roles)[-1] == "A"
+
+
+def test_an_opening_may_end_inside_the_agents_turn(tiny_tokenizer):
+    stage = Stage(tiny_tokenizer, length=6, opening="B: hi\nA: Do you", opening_unfinished=True)
+    assert said(tiny_tokenizer, stage.env.openings.tokens[0]) == "B: hi\nA: Do you"
+    roles, turns, tokens = stage.play(stage.bytes(" x\ny\n"))
+    replies = stage.env.read(stage.transcript((roles, turns, tokens)))
+    assert letters(roles).startswith("AAA") and replies[0].text == "x" and replies[0].prompt == "B: hi\nA: Do you"

@@ -83,7 +83,7 @@ def test_a_batch_of_which_nothing_is_known_says_so():
     out = summarise(recorded(np.zeros((1, 3), bool)), [], np.array([1.0]))
     assert out["return"] == 1.0 and out["kl/nats_per_episode"] == 0.0 and out["help/asked_rate"] == 0.0
     unknown = {"kl/nats_per_token", "entropy/nats_per_token", "help/rate_per_token", "teacher/silent_rate",
-               "student/silent_rate", "kl/top1_share"}
+               "teacher/short_rate", "student/silent_rate", "kl/top1_share"}
     assert {name for name, value in out.items() if value is None} == unknown | {
         name for name in out if name.endswith("_se")}
 
@@ -193,3 +193,19 @@ def test_cumulative_kl_is_what_the_ledgers_have_spent_by_then():
             so_far = [slot for slot in range(2, 3 + position) if transcript.roles[e, slot] == AGENT]
             spent.append(out["spent_before"][e, so_far[-1]] + out["kl"][e, so_far[-1]] if so_far else 0.0)
         assert value == pytest.approx(np.mean(spent))
+
+
+def test_short_turns_are_counted_by_tokens():
+    """Finished turns of the agent of at most two tokens, by hand: 2 of 3 in the first episode, none of 1 in the other;
+    the student's, and one that the episode cuts, do not count."""
+    roles = np.array([[AGENT, AGENT, STUDENT, AGENT, AGENT, AGENT, STUDENT, AGENT], [AGENT] * 8])
+    turns = np.array([[0, 0, 1, 2, 2, 2, 3, 4], [0] * 8])
+    transcript = Transcript(np.zeros((2, 8), int), roles, turns, np.zeros(2, int))
+    reply = lambda e, turn, role, finished=True: Reply(e, turn, role, 0, [], "text", "", finished, False)  # noqa: E731
+    replies = [reply(0, 0, AGENT), reply(0, 1, STUDENT), reply(0, 2, AGENT), reply(0, 3, STUDENT), reply(0, 4, AGENT),
+               reply(1, 0, AGENT)]
+    episodes = recorded(np.ones((2, 8), bool), transcript=transcript)
+    assert summarise(episodes, replies, np.zeros(2), short=2)["teacher/short_rate"] == 0.5
+    assert summarise(episodes, replies, np.zeros(2), short=8)["teacher/short_rate"] == 1.0
+    replies[-1] = reply(1, 0, AGENT, finished=False)
+    assert summarise(episodes, replies, np.zeros(2), short=8)["teacher/short_rate"] == 1.0

@@ -144,7 +144,7 @@ def test_groups_are_one_setting_that_a_program_reads_back():
 def names_of_update():
     """What `step.update` logs, without computing it."""
     config = configs.default()
-    config.env.length, config.rl.episodes, config.policy.hidden = 3, 2, 4
+    config.env.length, config.rl.episodes, config.policy.hidden, config.kl.budget = 3, 2, 4, 1.0
     static, hyper, _ = configs.split(config)
     model = weights.load(config.model.path)
     run = compile_program(build(static, model))

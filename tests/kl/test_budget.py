@@ -10,11 +10,9 @@ from hypothesis import strategies as st
 from scipy.optimize import brentq
 from scipy.special import log_softmax
 
-from kl_reg.kl import budget
-from kl_reg.kl.budget import Caps, charge, enter, finite, left, open_ledger, tilt
-from kl_reg.references.interface import Measure
-from kl_reg.sampling.agent_step import choose, settle
-from tests.programs import by_hand
+from kl_reg.kl import operations
+from kl_reg.kl.budget import Caps, charge, enter, left, open_ledger, ramped
+from kl_reg.kl.operations import finite, tilt
 
 VOCAB = 200
 tilt_of = jax.jit(lambda gap, allowance, log_base: tilt(finite(gap), allowance, log_base))
@@ -129,36 +127,6 @@ def extremes(draw_one):
     return np.stack(gaps), np.stack(bases)
 
 
-@jax.jit
-def episode_of(gaps, log_bases, budget_nats, part):
-    """(logits, charged) of tokens that may each cost `part` of what the episode has left, as training computes them."""
-    program = by_hand(constrained=True)
-
-    def token(ledger, given):
-        gap, log_base = given
-        remaining = left(Caps(budget_nats, jnp.inf, jnp.inf), ledger, False)
-        chosen = choose(program, Measure(log_base, gap, jnp.zeros(()), None), None, remaining, part, jnp.zeros(()),
-                        jnp.int32(0))
-        _, cost = settle(program, chosen, jnp.int32(0))
-        return charge(ledger, cost, jnp.array(True)), (chosen.logits, cost)
-
-    return jax.lax.scan(token, open_ledger(()), (gaps, log_bases))[1]
-
-
-@settings(max_examples=300)
-@given(extremes(), st.floats(-7, 2), st.sampled_from([1.0, 0.5, 0.05]))
-def test_no_extreme_exceeds_its_budget(problem, magnitude, part):
-    """What the float32 logits of an episode really cost: each token its allowance, all together the budget; and what is
-    charged is no less."""
-    gaps, log_bases = problem
-    whole = np.float32(10.0**magnitude)
-    logits, charged = (np.asarray(x) for x in episode_of(gaps, log_bases, whole, np.float32(part)))
-    spent = np.array([kl_of_logits(*row) for row in zip(logits, log_bases, strict=True)])
-    assert spent.sum() <= whole * (1 + 1e-5)
-    assert spent[0] <= part * whole * (1 + 1e-5)
-    np.testing.assert_array_less(spent, charged * (1 + 1e-5) + 1e-12)
-
-
 @given(problems())
 def test_nothing_allowed_is_the_base_and_everything_the_proposal(problem):
     gap, _, log_base = problem
@@ -193,8 +161,8 @@ def test_a_batch_of_proposals(vocab):
 @pytest.mark.parametrize("allowance", [1e-4, 0.05, 0.5, 2.0])
 def test_evaluations_are_a_handful(allowance, monkeypatch):
     """One to start with, and five steps at most, for gaps like a language model's."""
-    calls, evaluate = [], budget._evaluate
-    monkeypatch.setattr(budget, "_evaluate", lambda *args: calls.append(0) or evaluate(*args))
+    calls, evaluate = [], operations._tilt_cost
+    monkeypatch.setattr(operations, "_tilt_cost", lambda *args: calls.append(0) or evaluate(*args))
     for seed in range(3):
         calls.clear()
         gap, log_base = language_model_like(seed, 300, 4)
@@ -319,3 +287,12 @@ def test_thousands_of_charges_below_float32s_resolution_count():
     for carry, limit in ((False, caps(episode=20)), (False, caps(turn=20)), (True, caps(turn=20))):
         rest = left(limit, ledger._replace(turns=jnp.float32(1)), carry)
         np.testing.assert_allclose(rest, 20 - np.float64(np.float32(19.9)) - 20_000 * 4e-7, rtol=1e-4)
+
+
+def test_budgets_grow_linearly_in_the_first_part_of_a_run():
+    """Of ten iterations the first half: a fifth of the limits at the first, all of them from the fifth on."""
+    caps = Caps(jnp.float32(10.0), jnp.float32(jnp.inf), jnp.float32(0.0))
+    for iteration, part in ((0, 0.2), (1, 0.4), (4, 1.0), (9, 1.0)):
+        now = ramped(caps, jnp.float32(0.5), jnp.int32(iteration), 10)
+        np.testing.assert_allclose(now, (10.0 * part, np.inf, 0.0), rtol=1e-6)
+    np.testing.assert_array_equal(ramped(caps, jnp.float32(0.0), jnp.int32(0), 10), caps)

@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.special import expit
 
 from kl_reg import config as configs
 from kl_reg.kl.spends import SPENDS
 from kl_reg.policies.actor import Situation
+from kl_reg.policies.interface import POLICY, VALUE
 from kl_reg.policies.kinds import POLICIES
 from kl_reg.pretrained import weights
 from kl_reg.sampling import rollout
@@ -170,3 +172,34 @@ def test_the_value_loss_moves_the_value_head_alone(setups, kind, spend):
         names = [key.key for key in path]
         is_value = names[0] == "scalars" and names[1].startswith("value")
         assert (np.abs(grads).max() > 1e-3) if is_value else not np.any(grads), names
+
+
+def test_the_linear_actor_by_hand(tiny_shapes, tiny_params):
+    """Logits base + W [last hidden states, situation, 1]; zero at first; the budget neuron sigmoid(w x + b), 1/17."""
+    config = configs.default().policy
+    config.actor, config.layers, config.critic_layers, config.spend_init = "linear", 2, 2, 1 / 17
+    config.critic_activation = "tanh"
+    policy = POLICIES["head"](tiny_shapes, config)
+    params = policy.init(jax.random.key(0), tiny_params)
+    rng = np.random.default_rng(0)
+    features, nats = jnp.float32(rng.normal(size=(3, 32))), jnp.float32([1.0, 3.0, 0.5])
+    situation = Situation(nats, nats / 4, nats / 8)
+    reading = policy.read(params, tiny_params, features, situation)
+    assert not reading.gap.any()
+    np.testing.assert_allclose(reading.spend, 1 / 17, rtol=1e-5)
+    moved = jax.tree.map(lambda x: jnp.float32(rng.normal(size=x.shape)), params)
+    reading = policy.read(moved, tiny_params, features, situation)
+    x, moved = np.concatenate([features, situation.inputs()], axis=1), jax.device_get(moved)
+    np.testing.assert_allclose(reading.gap, np.append(x, np.ones((3, 1)), 1) @ moved["actor"]["table"].T, rtol=1e-4,
+                               atol=1e-4)
+    own = moved["scalars"]
+    neuron = x @ own["spend"]["kernel"][:, 0] + own["spend"]["bias"][0]
+    np.testing.assert_allclose(reading.spend, expit(neuron), rtol=1e-4)
+    hidden = x
+    for name in ("value_hidden", "value_hidden_1"):
+        hidden = np.tanh(hidden @ own[name]["kernel"] + own[name]["bias"])
+    value = hidden @ own["value"]["kernel"][:, 0] + own["value"]["bias"][0]
+    np.testing.assert_allclose(reading.value, value, rtol=1e-4, atol=1e-4)
+    labelled = policy.labels(params)
+    assert labelled["scalars"]["value_hidden_1"]["kernel"] == VALUE and labelled["scalars"]["spend"]["bias"] == POLICY
+    assert labelled["actor"]["table"] == POLICY

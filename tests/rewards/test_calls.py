@@ -444,3 +444,19 @@ def test_a_long_completion_is_cut_in_a_message():
     with pytest.raises(ValueError) as error:
         scores(lambda completions: [None, "x"], [reply(), reply("so " * 10_000)])
     assert len(str(error.value)) < 500
+
+
+def test_an_empty_reply_may_have_a_worth_of_its_own():
+    """Its functions are not asked; it is judged, and a reply of spaces is empty, too."""
+    asked = []
+
+    def length(completions):
+        asked.extend(completions)
+        return [len(text) for text in completions]
+
+    replies = [reply(""), reply("four"), reply("  "), reply("", scored=False)]
+    own = rewards.score(rewards.of(length)._replace(empty=0.25), replies)
+    assert asked == ["four"] and own.total.tolist() == [0.25, 4.0, 0.25, 0.0]
+    assert own.judged.tolist() == own.asked.tolist() == [True, True, True, False]
+    assert rewards.digest(rewards.of(length)) != rewards.digest(rewards.of(length)._replace(empty=0.0))
+    assert rewards.score(rewards.of(length), replies).total.tolist() == [0.0, 4.0, 2.0, 0.0]

@@ -160,3 +160,18 @@ def test_its_digest_is_of_weights_and_label(distilbert, reward, tmp_path):
     label = classifier(str(distilbert), "NEGATIVE")
     assert rewards.digest(rewards.of(same)) == rewards.digest(rewards.of(reward))
     assert len({rewards.digest(rewards.of(x)) for x in (reward, other, label)}) == 3
+
+
+def test_signed_confidence_is_that_of_the_winning_label(distilbert, reward, expected):
+    """(±p + 1) / 2 with p, at least 1/2, the probability of the label that wins."""
+    signed = classifier(str(distilbert), scale="signed_confidence")
+    by_hand = [(p + 1) / 2 if p > 0.5 else (1 - (1 - p)) / 2 for p in expected.values()]
+    got = scores(signed, TEXTS)
+    np.testing.assert_allclose(got, by_hand, atol=1e-5)
+    assert not any(0.25 < score < 0.75 for score in got)
+    assert signed.digest() != reward.digest()
+
+
+def test_a_scale_that_there_is_not_is_refused(distilbert):
+    with pytest.raises(ValueError, match="reward.scale='loud' with reward.name='classifier'"):
+        rewards.check(settings(name="classifier", path=str(distilbert), scale="loud").reward)

@@ -74,7 +74,7 @@ def test_gold_is_another_reward_with_settings_of_the_same_section():
     ({"pattern": "x"}, "reward.pattern='x'.*no effect.*'vader'.*'regex'"),
     ({"target": 3}, "reward.target=3.*no effect.*'vader'.*'length'"),
     ({"name": "length", "ngram": 3}, "reward.ngram=3.*no effect.*'length'.*'distinct'"),
-    ({"name": "classifier"}, "reward.path=''.*'classifier'"), ({"name": "log_likelihood"}, "reward.path=''.*'log_like"),
+    ({"name": "log_likelihood"}, "reward.path=''.*'log_like"),
     ({"gold": "log_likelihood"}, "reward.path=''.*'log_like"),
     ({"name": "regex"}, "reward.pattern=''"), ({"name": "regex", "pattern": "("}, "reward.pattern='[(]'.*unterminated"),
     ({"name": "length", "target": 0}, "reward.target=0"), ({"name": "distinct", "ngram": 0}, "reward.ngram=0")],

@@ -357,8 +357,9 @@ def log_probs_without_cache(config, params, tokens):
     return jax.nn.log_softmax(hidden @ decoder.unembedding(params).T)
 
 
-@pytest.mark.parametrize("own_student", [False, True], ids=["base", "another student"])
-def test_every_token_is_the_draw_of_its_writer(case, own_student):
+@pytest.mark.parametrize("own_student, temperature", [(False, 1.0), (True, 1.0), (True, 0.05)],
+                         ids=["base", "another student", "a student of his own temperature"])
+def test_every_token_is_the_draw_of_its_writer(case, own_student, temperature):
     """A whole batch recomputed without a cache, a scan or a mask: the finetuned copy's tokens and the student's.
 
     A token is where the uniform of its key (seed, iteration, episode, position) falls in the writer's distribution.
@@ -367,7 +368,8 @@ def test_every_token_is_the_draw_of_its_writer(case, own_student):
     episodes, other = full.episodes, full.base
     if own_student:
         other = perturb(full.base, 0.5)
-        program = changed(full.program, student=student.other(full.shapes))
+        sampling = dataclasses.replace(full.program.agent.sampling, student_temperature=temperature)
+        program = changed(full.program, student=student.other(full.shapes), sampling=sampling)
         episodes = compile_program(program).sample(
             full.params, (), full.hyper, full.frozen._replace(student=other), full.keys, jnp.zeros(4, jnp.int32))
     episodes = jax.tree.map(lambda x: x[k], episodes)
@@ -381,7 +383,7 @@ def test_every_token_is_the_draw_of_its_writer(case, own_student):
     for e, s in itertools.product(range(len(tokens)), range(width, tokens.shape[1])):
         if roles[e, s] == FORCED:
             continue
-        table = (ours if roles[e, s] == AGENT else theirs)[e, s - 1]
+        table = ours[e, s - 1] if roles[e, s] == AGENT else scipy.special.log_softmax(theirs[e, s - 1] / temperature)
         uniform = jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, e), s - width))
         assert tokens[e, s] == np.searchsorted(np.cumsum(np.exp(np.float64(table))), float(uniform), side="right")
         agent_tokens += roles[e, s] == AGENT

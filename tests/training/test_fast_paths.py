@@ -262,3 +262,11 @@ def test_minibatches_hold_whole_groups(case):
         state = TrainState(params, jnp.int32(0), jnp.int32(0), jnp.int32(iteration))
         new, *_ = update(state, hyper, own.frozen, episodes, rewards, episodes.mask.sum(-1).max())
         assert int(new.opt_state) == 1
+
+
+def test_a_linear_actor_is_read_in_every_way_alike(case):
+    """Its table is trained, and is another one than the base's."""
+    own = case("head", policy__actor="linear")
+    assert own.program.execution.scorer == FUSED and own.params["actor"]["table"].shape[1] == 300
+    assert_same_record(sample(own.program, own), own.episodes)
+    assert_same_gradient(gradient(own.program, own), gradient(plain(own.program), own))

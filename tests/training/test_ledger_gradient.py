@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,8 @@ from kl_reg import algorithms
 from kl_reg.algorithms import advantages, reductions
 from kl_reg.kl import budget as budgets
 from kl_reg.kl.estimators import KLConfig, build
-from kl_reg.kl.spends import SPENDS
+from kl_reg.kl.operations import OPERATIONS
+from kl_reg.kl.spends import SPENDS, sampled_log_ratio
 from kl_reg.training import objective, scoring
 from kl_reg.training.targets import targets
 from kl_reg.types import Frozen
@@ -30,13 +32,18 @@ from kl_reg.types import Frozen
 BUDGETS = [0.3, 1.0, 4.0]
 
 
+MOVED = {"tilt": lambda log_base, gap, a: log_softmax(log_base + a * gap),
+         "mixture": lambda log_base, gap, a: np.log(a * softmax(log_base + gap) + (1 - a) * np.exp(log_base))}
+"""Log-probabilities between the base's and the proposal's."""
+
+
 class Enumerated:
     """The process in float64: probabilities and KL of every token of every sequence, by a walk over the 13 prefixes.
 
-    `carried` is a cap on each token, of which what is left counts for the later ones.
+    `carried` is a cap on each token, of which what is left counts for the later ones; `looks` as of `program`.
     """
 
-    def __init__(self, params, base, budget, carried=np.inf):
+    def __init__(self, params, base, budget, carried=np.inf, operation="tilt", looks=0.0):
         self.log_prob, self.kl, self.strength = np.zeros((13, 3)), np.zeros(13), np.zeros(13)
         spent = np.zeros(13)
         for row in range(13):
@@ -46,11 +53,13 @@ class Enumerated:
             gap = params["logits"][row] - base[row]
             depth = 0 if row == 0 else 1 if row < 4 else 2
             left = min(budget - spent[row], carried * (depth + 1) - spent[row])
-            allowance = expit(params["neuron"][row]) * max(left, 0)
-            excess = lambda a, gap=gap, log_base=log_base, allowance=allowance: (  # noqa: E731
-                rel_entr(softmax(log_base + a * gap), np.exp(log_base)).sum() - allowance)
+            part = (budget - spent[row]) / budget if np.isfinite(budget) else 0.0
+            allowance = expit(params["neuron"][row] + looks * part) * max(left, 0)
+            at = partial(MOVED[operation], log_base, gap)
+            excess = lambda a, at=at, log_base=log_base, allowance=allowance: (  # noqa: E731
+                rel_entr(np.exp(at(a)), np.exp(log_base)).sum() - allowance)
             self.strength[row] = 1.0 if excess(1.0) <= 0 else brentq(excess, 0, 1, xtol=1e-15, rtol=1e-14)
-            self.log_prob[row] = log_softmax(log_base + self.strength[row] * gap)
+            self.log_prob[row] = at(self.strength[row])
             self.kl[row] = rel_entr(np.exp(self.log_prob[row]), np.exp(log_base)).sum()
 
     def weight(self):
@@ -70,22 +79,23 @@ def score(prog, params, base, budget, episodes=None):
     return scoring.score(prog, params, (), Frozen(single(base)), episodes, scoring.caps_of(hyper(budget)), jnp.int32(3))
 
 
-def estimate(params, base, rewards, budget, constrained=True):
+def estimate(params, base, rewards, budget, constrained=True, operation="tilt", looks=0.0):
     """The expected gradient of sum_t A_t log pi(a_t), A_t = return-to-go, through `score`."""
-    weight = jnp.float32(Enumerated(params, base, budget if constrained else np.inf).weight())
+    exact = Enumerated(params, base, budget if constrained else np.inf, operation=operation, looks=looks)
+    weight, prog = jnp.float32(exact.weight()), program(constrained, looks, operation=OPERATIONS[operation])
     to_go = jnp.cumsum(jnp.float32(rewards)[:, ::-1], axis=1)[:, ::-1]
 
     @jax.jit
     def surrogate(params):
-        scores = score(program(constrained), params, base, budget)
+        scores = score(prog, params, base, budget)
         return (weight[:, None] * to_go * scores.terms.log_prob).sum()
 
     grads = jax.grad(surrogate)(single(params))
     return np.append(grads["logits"], grads["neuron"])
 
 
-def expected_return(params, base, rewards, budget):
-    return (Enumerated(params, base, budget).weight() * rewards.sum(1)).sum()
+def expected_return(params, base, rewards, budget, **how):
+    return (Enumerated(params, base, budget, **how).weight() * rewards.sum(1)).sum()
 
 
 def assert_close(got, expected, part=1e-3):
@@ -111,6 +121,14 @@ def test_expected_gradient_is_the_enumerated_one(budget, seed):
     params, base, rewards = tables(seed)
     expected = difference(lambda p: expected_return(p, base, rewards, budget), params)
     assert_close(estimate(params, base, rewards, budget), expected)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS.names())
+def test_it_is_so_under_each_operation_with_the_remaining_budget_as_an_input(operation):
+    params, base, rewards = tables(2)
+    how = {"operation": operation, "looks": -2.0}
+    expected = difference(lambda p: expected_return(p, base, rewards, 1.0, **how), params)
+    assert_close(estimate(params, base, rewards, 1.0, **how), expected)
 
 
 @pytest.fixture
@@ -265,3 +283,47 @@ def test_the_gradient_of_a_sampled_amount_is_the_enumerated_one():
 
     grads = jax.grad(surrogate)(single(params))
     assert_close(np.append(grads["logits"], grads["neuron"]), difference(value, params))
+
+
+# The ledger of log-ratios, as recorded
+
+def test_a_recorded_ledger_is_neither_run_again_nor_differentiated():
+    """The gradient is that of tokens whose allowance is a neuron's part of a number that was recorded; by hand, each
+    token by itself."""
+    params, base, rewards = tables(0)
+    spend = SPENDS["neuron"](1)._replace(charge=sampled_log_ratio)
+    prog = program(True, spend=spend, hard=False)
+    recorded = np.random.default_rng(0).uniform(-0.4, 1.2, (27, 3))         # nats spent, some of them given back
+    episodes = all_episodes()._replace(spent_before=jnp.float32(recorded))
+    rng = np.random.default_rng(1)
+    weights = rng.normal(size=(27, 3))
+
+    def log_prob(params):
+        out = np.zeros((27, 3))
+        for i, t in itertools.product(range(27), range(3)):
+            row = ROWS[i, t]
+            log_base, gap = log_softmax(base[row]), params["logits"][row] - base[row]
+            allowance = expit(params["neuron"][row]) * max(1.0 - recorded[i, t], 0)
+            excess = lambda a, gap=gap, log_base=log_base, allowance=allowance: (  # noqa: E731
+                rel_entr(softmax(log_base + a * gap), np.exp(log_base)).sum() - allowance)
+            alpha = 1.0 if excess(1.0) <= 0 else brentq(excess, 0, 1, xtol=1e-15, rtol=1e-14) if allowance else 0.0
+            out[i, t] = log_softmax(log_base + alpha * gap)[SEQUENCES[i, t]]
+        return out
+
+    scores = score(prog, single(params), base, 1.0, episodes)
+    np.testing.assert_allclose(scores.terms.log_prob, log_prob(params), rtol=1e-3, atol=1e-3)
+    grads = jax.grad(lambda p: (weights * score(prog, p, base, 1.0, episodes).terms.log_prob).sum())(single(params))
+    got = np.append(grads["logits"], grads["neuron"])
+    assert_close(got, difference(lambda p: (weights * log_prob(p)).sum(), params))
+
+
+def test_the_miss_of_the_allowance_by_hand():
+    """(D - allowance)^2: 0 where the budget binds, and where the proposal is cheaper what is not spent, squared."""
+    params, base, _ = tables(0)
+    exact = Enumerated(params, base, 4.0)
+    spent = np.concatenate([np.zeros((27, 1)), exact.kl[ROWS].cumsum(1)[:, :-1]], axis=1)
+    allowance = expit(params["neuron"])[ROWS] * (4.0 - spent)
+    got = score(program(True), single(params), base, 4.0).miss
+    free = exact.strength[ROWS] == 1
+    assert free.any() and not free.all()
+    np.testing.assert_allclose(got, np.where(free, (exact.kl[ROWS] - allowance) ** 2, 0.0), rtol=1e-3, atol=1e-6)

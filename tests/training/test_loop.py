@@ -171,8 +171,24 @@ def test_training_moves_the_policy_towards_more_reward(whole):
 def test_another_experiment_in_the_directory_is_refused(whole, config):
     other = config.copy_and_resolve_references()
     other.rl.epochs = 1
-    with pytest.raises(FileExistsError, match="holds another experiment"):
+    with pytest.raises(FileExistsError, match="holds another experiment: rl.epochs [0-9]+ -> 1;"):
         kl_reg.train(other, reward, whole.workdir)
+
+
+def test_more_iterations_alone_go_on(config, tmp_path, capsys):
+    """The parameters and the log of the first ones stay; fewer are refused."""
+    lines = lambda: (tmp_path / "run/members/0/metrics.jsonl").read_text().splitlines()  # noqa: E731
+    config = config.copy_and_resolve_references()
+    config.sweep, config.rl.iterations, config.evaluation.episodes = [], 1, 2
+    kl_reg.train(config, reward, tmp_path / "run")
+    first = lines()
+    config.rl.iterations = 2
+    kl_reg.train(config, reward, tmp_path / "run")
+    assert lines()[:1] == first and [json.loads(line)["iteration"] for line in lines()] == [0, 1]
+    assert "rl.iterations 1 -> 2; the run goes on" in capsys.readouterr().out
+    config.rl.iterations = 1
+    with pytest.raises(FileExistsError, match="another experiment: rl.iterations 2 -> 1"):
+        kl_reg.train(config, reward, tmp_path / "run")
 
 
 def test_a_foreign_directory_is_refused_and_left_alone(config, tmp_path):

@@ -20,7 +20,7 @@ from kl_reg.kl.estimators import KLConfig
 from kl_reg.pretrained import weights
 from kl_reg.program import Program
 from kl_reg.sampling import rollout
-from kl_reg.training import objective, scoring, step
+from kl_reg.training import objective, optimizer, scoring, step
 from kl_reg.training.build import build
 from kl_reg.training.compile import compile_program
 from kl_reg.training.optimizer import safe_norm, schedule
@@ -454,3 +454,15 @@ def test_a_piece_that_returns_another_shape_is_one_error(group, changes, says):
     with pytest.raises(ValueError, match=says):
         jax.eval_shape(update, one(fresh(group, group.program)), one(group.hyper), group.frozen, one(group.episodes),
                        one(group.rewards), jnp.int32(12))
+
+
+def test_the_policy_may_have_a_gradient_limit_of_its_own(group, usual):
+    """A tenth of its own norm for actor and budget neuron; the value head's gradient is as it was."""
+    labels = group.program.agent.policy.labels(usual)
+    own = [x for x, label in zip(jax.tree.leaves(usual), jax.tree.leaves(labels), strict=True) if label == "policy"]
+    limit = 0.1 * float(np.linalg.norm(vector(own)))
+    chain = optimizer.chain(None, schedule(1, 1.0, 2), group.program.agent.policy.labels, optax.identity(), limit)
+    hyper = one(group.hyper)._replace(learning_rate=jnp.float32(1.0))
+    updates, _ = chain.update(usual, chain.init(usual), hyper=hyper, iteration=jnp.int32(0), grad_norm=jnp.float32(1.0))
+    expected = jax.tree.map(lambda x, label: -x * (0.1 if label == "policy" else 1.0), usual, labels)
+    assert_close(updates, expected, 1e-5)

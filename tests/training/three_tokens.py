@@ -24,12 +24,12 @@ def tables(seed):
     return params, rng.normal(0, 1, (13, 3)), rng.normal(0, 1, (13, 3))[ROWS, SEQUENCES]
 
 
-def program(constrained, **settings):
-    """A program whose policy reads tables; the features of a token are the row of its prefix."""
+def program(constrained, looks=0.0, **settings):
+    """A program whose policy reads tables; the features of a token are the row of its prefix. The budget neuron adds
+    `looks` times the part of the budget that is left."""
 
     def read(params, base, features, situation):
-        del situation
-        logits, neuron = params["logits"][features], params["neuron"][features]
+        logits, neuron = params["logits"][features], params["neuron"][features] + looks * situation.part
         return Reading(base[features], logits - base[features], jnp.zeros(features.shape), jax.nn.sigmoid(neuron))
 
     policy = Policy(None, None, None, lambda params, base, episodes, group: episodes.features, None, read, False, True)

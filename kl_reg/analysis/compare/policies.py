@@ -200,7 +200,9 @@ def _open_model(name, model, run, openings, batch, changes):
     if run and name != "base":
         policy, params = in_place_of_agent(base.config, model.config), model.params
     else:                                                   # an untrained head changes nothing
-        policy = policies.build("head", base.config, ConfigDict({"layers": 1, "hidden": 1, "spend_init": 0.5}))
+        small = configs.default().policy
+        small.layers = small.hidden = 1
+        policy = policies.build("head", base.config, small)
         params = policy.init(jax.random.key(0), base.params)
     hyper, params = jax.tree.map(lambda x: x[None], (configs.split(configs.default())[1], params))
     teams = []

@@ -13,6 +13,7 @@ from kl_reg.config import BUDGETS, HYPER
 from kl_reg.kl import estimators
 from kl_reg.kl.controllers import NEEDS
 
+SOFT = "the budget is not hard: kl.ledger='log_ratio' charges sampled log-ratios, so the KL of an episode may exceed it"
 KINDS = ("coef", "controlled", "budget")
 _TERM = ("kl.direction", "kl.estimator", "kl.placement", "kl.reduction")
 _START = "from coef"
@@ -118,7 +119,8 @@ def _acting(own, hyper):
     kl, flat = own.kl, configs.flat(own)
     budgets = [key for key in BUDGETS if flat[key] is not None]
     keys = [*_TERM, "kl.controller", *_reads(kl)] if _penalised(kl) else [] if budgets else ["kl.coef"]
-    keys += [*budgets, "kl.spend"] if budgets else []
+    keys += [*budgets, "kl.spend", "kl.operation", "kl.ledger", "kl.target_floor", "kl.miss_coef",
+             "kl.budget_ramp"] if budgets else []
     keys += ["kl.carry"] if {"kl.turn_budget", "kl.token_budget"} & set(budgets) else []
     keys += [key for key in hyper if key.split(".")[0] not in ("kl", "reference", "seed")]
     acting = {key: flat[key] for key in keys}
@@ -141,7 +143,8 @@ def _setting(own, words, reference, named):
         *_words(kl, words, caps, penalised, follows), (f"to {reference}" * named,) * 2, strict=True))
     return Setting(kind, float(value), variant, label, _penalty(contract.config) if penalised else "",
                    float(min(aims)) if aims else None, reference, _counted(own.sampling),
-                   contract.label() if penalised and contract.effect.refused else "", [])
+                   "; ".join(filter(None, (contract.label() if penalised and contract.effect.refused else "",
+                                           SOFT if caps and kl.ledger != "exact" else ""))), [])
 
 
 def _words(kl, words, caps, penalised, follows):

@@ -92,7 +92,16 @@ def _headline(sweep):
             f"<b>{escaped(config.reward.name)}</b>, KL term: {terms}.<br>{_measured(sweep)}<br>Evaluated on {episodes} "
             "episodes a run, the base on as many for each seed; configuration "
             f"<code>{escaped(sweep.fingerprint)}</code>.</p>"
-            + "".join(f"<p class=warning>{escaped(line)}</p>" for line in notes) + "</header>")
+            + _start(sweep) + "".join(f"<p class=warning>{escaped(line)}</p>" for line in notes) + "</header>")
+
+
+def _start(sweep):
+    """The run that this one went on from, and what has changed."""
+    if sweep.start is None:
+        return ""
+    start, changes = sweep.start, ", ".join(sweep.start["changes"]) or "nothing"
+    return (f"<p>It went on from <b>{escaped(start['address'])}</b>, iteration {start['iteration']}; changed: "
+            f"{escaped(changes)}.</p>")
 
 
 def _measured(sweep):

@@ -37,6 +37,7 @@ class Sweep(NamedTuple):
     evaluations: dict[int | str, dict[str, np.ndarray]]
     human: tuple[int, int] | None       # empty turns among the held-out human turns
     folder: pathlib.Path                # of the model, for its tokenizer
+    start: dict | None                  # the run from whose final state it started, as `runs.lineage` records it
 
     @property
     def independent(self) -> bool:
@@ -69,7 +70,7 @@ def read(workdir: storage.Path) -> Sweep:
                  settings(list(members.values()), config, base, references),
                  {i: _lines(workdir / f"members/{i}/metrics.jsonl") for i in members},
                  {i: _arrays(workdir / f"members/{i}/evaluation.npz") for i in (*members, "base")},
-                 _human(config, folder), folder)
+                 _human(config, folder), folder, stored.get("from"))
 
 
 def _digests(file, stored, members):
