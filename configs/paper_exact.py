@@ -1,13 +1,14 @@
 """The setting of the paper's authors, as their code has it: docs/paper_setting.md, row by row.
 
-    python -m launch.plan --config=configs/paper_exact.py --topology=v5e:8x8
+    python -m launch.plan --config=configs/paper_exact.py --topology=v5e:8x8 --config.parallel.expert=8 \\
+        --config.parallel.tensor=-1
     python -m launch.sweep --config=configs/paper_exact.py --workdir=runs/exact
     python -m launch.train --config=configs/paper_exact.py --config.model.path=smollm2 --config.reward.name=vader \\
         --config.rl.iterations=3 --workdir=runs/exact_small
 
 An arithmetic mixture, a ledger of sampled log-ratios (so the budget is not hard), a student at temperature 0.05, and a
 reward that is never between 0.25 and 0.75. Half of the 750 iterations the budget grows; each has about 8,000 tokens of
-the agent. Planned, not run at full size. The opening is ours, in the form of theirs.
+the agent. Not run at full size. The opening is ours, in the form of theirs.
 """
 from kl_reg.config import default
 
@@ -42,6 +43,5 @@ def get_config():
     config.optim.learning_rate, config.optim.value_learning_rate, config.optim.eps = 2e-5, 1e-4, 1e-5
     config.optim.warmup, config.optim.final = 1, 1.0
     config.optim.max_grad_norm, config.optim.policy_grad_norm = None, 0.1
-    config.parallel.expert, config.parallel.tensor = 8, -1
     config.sweep = [{"kl.budget": (10.0, 20.0), "seed": (0, 1, 2)}]
     return config
