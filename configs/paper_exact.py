@@ -30,7 +30,7 @@ def get_config():
     config.env.opening, config.env.opening_unfinished = OPENING, True
     config.env.opening_tokens = 72              # that the opening has, about; a plan without the tokenizer reads it
     config.env.teacher, config.env.student, config.env.end = "Teacher:", "Student:", "\n\n"
-    config.env.markers, config.env.reply_limit, config.env.length = "written", 512, 184     # 256 with the opening
+    config.env.markers, config.env.reply_limit, config.env.length = "written", 512, 184     # some 256 with the opening
     config.reward.name, config.reward.scale = "classifier", "signed_confidence"
     config.sampling.student_temperature = 0.05
     config.policy.actor, config.policy.spend_init = "linear", 1 / 17

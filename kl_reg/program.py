@@ -134,7 +134,7 @@ class Program(NamedTuple):
         return self.agent.policy.alone if self.execution.sampler == ALONE else self.agent.policy
 
 
-def execute(agent: Agent, task: Task, algorithm: Algorithm, schedule: Schedule, entries: int, copies: bool, cpu: bool
+def fastest(agent: Agent, task: Task, algorithm: Algorithm, schedule: Schedule, entries: int, copies: bool, cpu: bool
             ) -> Execution:
     """The fastest way in which such a program can be computed.
 

@@ -12,7 +12,7 @@ from kl_reg.kl.operations import OPERATIONS
 from kl_reg.kl.spends import SPENDS
 from kl_reg.policies import student
 from kl_reg.policies.interface import Policy
-from kl_reg.program import Agent, Algorithm, Program, Schedule, Task, execute, replace
+from kl_reg.program import Agent, Algorithm, Program, Schedule, Task, fastest, replace
 from kl_reg.references.kinds import REFERENCES
 from kl_reg.training import optimizer
 from kl_reg.types import Sampling
@@ -45,5 +45,5 @@ def by_hand(policy: Policy | None = None, length: int = 3, **settings) -> Progra
                           optimizer.chain(None, factor, lambda params: params))
     task = Task(Environment(None, None, None, None, length, None), None, 4)
     schedule = Schedule(1, 1, 1, 1, 1)
-    execution = execute(agent, task, algorithm, schedule, 2**20, False, True)
+    execution = fastest(agent, task, algorithm, schedule, 2**20, False, True)
     return changed(Program(agent, task, algorithm, schedule, execution), **settings)

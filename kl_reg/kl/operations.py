@@ -87,9 +87,7 @@ def _tilt_jvp(primals, tangents):
     centred = gap - (policy * gap).sum()
     slope = alpha * (policy * centred**2).sum()                       # dD / dalpha
     by_gap = (alpha**2 * policy * centred * tangents[0]).sum()        # dD along the change of the gap
-    safe = binds & (slope > 0)
-    rate = jnp.where(safe, (tangents[1] - by_gap) / jnp.where(safe, slope, 1.0), 0.0)
-    return alpha, rate
+    return alpha, _rate(binds, slope, tangents[1] - by_gap)
 
 
 def _tilt_strength(gap, allowance, log_base):
@@ -104,20 +102,10 @@ def _tilt_strength(gap, allowance, log_base):
 
 
 def _tilt_cost(gap, alpha, log_base, base):
-    """(D(pi_alpha || beta), its derivative by log alpha), where D has the worst rounding of the logits added.
-
-    D is the expression that is charged (`kl.exact`), but of logits that are computed elsewhere: whether a product is
-    rounded before the sum is the compiler's choice. To first order, rounding changes D by at most the sum of
-    pi |L - D| times the rounding of each logit.
-    """
-    change = alpha * gap
-    logits = log_base + change
-    policy, _, log_ratio = normalise(logits, log_base)
-    exact = divergence(policy, log_ratio, base)
-    rounding = jnp.minimum(_ROUNDING * (jnp.abs(change) + jnp.abs(logits)), 1.0)
-    unsure = jnp.where(policy > 0, policy * jnp.abs(log_ratio - exact) * rounding, 0.0).sum()
+    """(D as `_charged` has it, its derivative by log alpha) of the tilt."""
+    charged, unsure, policy = _charged(alpha * gap, log_base, base)
     mean = (policy * gap).sum()
-    return exact + unsure, (policy * (alpha * (gap - mean))**2).sum() + unsure
+    return charged, (policy * (alpha * (gap - mean))**2).sum() + unsure
 
 
 def _log_proposal_ratio(gap, log_base):
@@ -152,9 +140,7 @@ def _mix_jvp(primals, tangents):
     proposal = jnp.exp(jnp.minimum(log_base + ratio, 0.0))
     slope = ((proposal - base) * log_ratio).sum()                     # dD / dalpha
     by_ratio = (alpha * proposal * log_ratio * tangents[0]).sum()
-    safe = binds & (slope > 0)
-    rate = jnp.where(safe, (tangents[1] - by_ratio) / jnp.where(safe, slope, 1.0), 0.0)
-    return alpha, rate
+    return alpha, _rate(binds, slope, tangents[1] - by_ratio)
 
 
 def _mix_strength(ratio, allowance, log_base):
@@ -168,14 +154,32 @@ def _mix_strength(ratio, allowance, log_base):
 
 
 def _mix_cost(ratio, alpha, log_base, base, proposal):
-    """As `_tilt_cost`, of the mixture."""
+    """(D as `_charged` has it, its derivative by log alpha) of the mixture."""
     change = _mixed_ratio(ratio, alpha)
+    charged, unsure, _ = _charged(change, log_base, base)
+    return charged, alpha * ((proposal - base) * change).sum() + unsure
+
+
+def _charged(change, log_base, base):
+    """(D(pi || beta) with the worst rounding of the logits added, that rounding, pi) of the logits log_base + change.
+
+    D is the expression that is charged (`kl.exact`), but of logits that are computed elsewhere: whether a product is
+    rounded before the sum is the compiler's choice. To first order, rounding changes D by at most the sum of
+    pi |L - D| times the rounding of each logit.
+    """
     logits = log_base + change
     policy, _, log_ratio = normalise(logits, log_base)
     exact = divergence(policy, log_ratio, base)
     rounding = jnp.minimum(_ROUNDING * (jnp.abs(change) + jnp.abs(logits)), 1.0)
     unsure = jnp.where(policy > 0, policy * jnp.abs(log_ratio - exact) * rounding, 0.0).sum()
-    return exact + unsure, alpha * ((proposal - base) * change).sum() + unsure
+    return exact + unsure, unsure, policy
+
+
+def _rate(binds, slope, change):
+    """The change of alpha along which D stays at the allowance, which itself changes by `change` beyond D; 0 where the
+    allowance does not bind. `slope` is dD / dalpha."""
+    safe = binds & (slope > 0)
+    return jnp.where(safe, change / jnp.where(safe, slope, 1.0), 0.0)
 
 
 def _solve(cost: Callable, allowance, first, surely):

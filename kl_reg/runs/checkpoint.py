@@ -141,9 +141,14 @@ class Checkpoints:
             for old in steps(self._store)[:-self._keep]:
                 (self._store / str(old)).rmtree()
 
+    @property
+    def latest(self) -> int | None:
+        """The iteration of the last checkpoint; None: there is none."""
+        return self._manager.latest_step()
+
     def restore(self, states: list) -> list:
         """The latest states, or `states` themselves where nothing was saved."""
-        latest = self._manager.latest_step()
+        latest = self.latest
         if latest is None:
             return states
         stored = self._manager.item_metadata(latest).state

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from kl_reg import config as configs
 from kl_reg import storage
+from kl_reg.kl.controllers import Progress
 from kl_reg.runs import checkpoint, directory
 
 _KEPT = ("model.path", "model.dtype", "model.quantize", "policy.kind", "policy.actor", "policy.layers", "policy.hidden",
@@ -18,33 +19,36 @@ _KEPT = ("model.path", "model.dtype", "model.quantize", "policy.kind", "policy.a
 
 
 class Start(NamedTuple):
-    """The states of another run at an iteration, by member of the new run; arrays of the host, without a member axis.
-    `address` is as it was given, `digests` are of the parameters, `changes` what differs in the settings."""
+    """Another run at an iteration. `address` is as it was given, `changes` what differs in the settings. `states` are
+    by member of the new run, arrays of the host without a member axis (None: not read), and `digests` are theirs. The
+    controller of a state is None where the new run has another kind."""
 
     address: str
     iteration: int
-    states: dict[int, dict]
     digests: list[str]
     changes: list[str]
+    states: dict[int, dict] | None = None
 
     def record(self) -> dict:
         """What config.json says of it."""
-        return {"address": self.address, "iteration": self.iteration, "changes": self.changes}
+        return {key: value for key, value in self._asdict().items() if key != "states"}
 
 
-def recorded(workdir: storage.Path) -> str | None:
-    """The address from which the run in `workdir` started; None: from nothing, or there is no run."""
+def recorded(workdir: storage.Path) -> Start | None:
+    """What the run in `workdir` started from, its states not read; None: from nothing, or there is no run."""
     file = workdir / "config.json"
-    return storage.read_json(file).get("from", {}).get("address") if file.is_file() else None
+    stored = storage.read_json(file).get("from") if file.is_file() else None
+    return None if stored is None else Start(**stored)
 
 
-def open_start(text: str, config: ConfigDict, base: str) -> Start:
+def open_start(text: str, config: ConfigDict, base: str, iteration: int | None = None) -> Start:
     """The states from which the members of `config` start.
 
     Args:
         text: RUN, whose members start the new run's in their order; or RUN:MEMBER, which starts all of them.
         config: of the new run.
         base: the digest of its base model.
+        iteration: instead of that of `text`.
 
     Raises:
         ValueError: `text` is no run, has another number of members, another base model, or a setting differs on which
@@ -61,11 +65,11 @@ def open_start(text: str, config: ConfigDict, base: str) -> Start:
     if stored.get("base", base) != base:
         raise ValueError(f"--from={text!r}: it was trained on another base model than model.path="
                          f"{config.model.path!r}")
-    have = directory.iterations(address.workdir)
-    if not have or address.iteration not in (None, *have):
+    have, wanted = directory.iterations(address.workdir), address.iteration if iteration is None else iteration
+    if not have or wanted not in (None, *have):
         raise FileNotFoundError(f"--from={text!r}: there are checkpoints of iterations "
                                 f"{', '.join(map(str, have)) or 'none'}")
-    iteration = have[-1] if address.iteration is None else address.iteration
+    iteration = have[-1] if wanted is None else wanted
     parents, old = {}, directory.config_of(address.workdir)
     for state, members in zip(checkpoint.read(address.workdir / "checkpoints", iteration), directory.groups(old),
                               strict=True):
@@ -76,13 +80,16 @@ def open_start(text: str, config: ConfigDict, base: str) -> Start:
     if address.member is None and len(parents) != len(members) or address.member not in (None, *parents):
         raise ValueError(f"--from={text!r}: it has members 0 to {len(parents) - 1}, the new run {len(members)}; with "
                          "RUN they must be as many, and RUN:MEMBER names one of them")
-    changes = {}
-    for member, number in zip(members, numbers, strict=True):
-        changes |= _changes(text, parents[number][0], configs.override(config, member))
-    states = {i: parents[number][1] for i, number in enumerate(numbers)}
-    digests = [hashlib.sha256(b"".join(x.tobytes() for x in jax.tree.leaves(state))).hexdigest()
-               for state in states.values()]
-    return Start(text, iteration, states, digests, [f"{key} {a!r} -> {b!r}" for key, (a, b) in changes.items()])
+    changes, states, digests = {}, {}, []
+    for i, (member, number) in enumerate(zip(members, numbers, strict=True)):
+        (parent, states[i]), own = parents[number], configs.override(config, member)
+        changes |= _changes(text, parent, own)
+        leaves = jax.tree.leaves(states[i])
+        digests.append(hashlib.sha256(b"".join(x.tobytes() for x in leaves)).hexdigest())
+        if parent.kl.controller != own.kl.controller:
+            states[i] = states[i] | {"controller": None}
+    changes = [f"{key} {a!r} -> {b!r}" for key, (a, b) in changes.items()]
+    return Start(text, iteration, digests, changes, states)
 
 
 def _changes(text, old, new):
@@ -98,17 +105,16 @@ def _changes(text, old, new):
 
 
 def begin(start: Start, members: list[int], state):
-    """The new state of a program's members [m], whose arrays lie as those of `state`, its untrained one. The state of a
-    controller of another kind starts anew."""
+    """The new state of a program's members [m], whose arrays lie as those of `state`, its untrained one. Schedules of
+    the KL coefficient begin anew, as those of the learning rate, and so does a controller of another kind."""
     own = [start.states[number] for number in members]
+    anew = isinstance(state.controller, Progress) or any(parent["controller"] is None for parent in own)
 
     def taken(name):
         target = getattr(state, name)
         leaves = [jax.tree.leaves(parent[name]) for parent in own]
         shapes = [x.shape[1:] for x in jax.tree.leaves(target)]
         if [x.shape for x in leaves[0]] != shapes:
-            if name == "controller":
-                return target
             raise ValueError(f"--from={start.address!r}: its {name} has arrays of shapes "
                              f"{[x.shape for x in leaves[0]]}, this run's {shapes}")
         stacked = [np.stack(x) for x in zip(*leaves, strict=True)]
@@ -116,5 +122,5 @@ def begin(start: Start, members: list[int], state):
         return jax.tree.unflatten(jax.tree.structure(target), placed)
 
     count = jax.device_put(np.full(len(members), start.iteration, np.int32), state.iteration.sharding)
-    return state._replace(iteration=count, **{name: taken(name) for name in (
-        "params", "opt_state", "controller", "reference")})
+    kept = ("params", "opt_state", "reference") if anew else ("params", "opt_state", "reference", "controller")
+    return state._replace(iteration=count, **{name: taken(name) for name in kept})

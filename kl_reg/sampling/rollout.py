@@ -95,8 +95,8 @@ def rollout(program: Program, params, memory, frozen: Frozen, caps: Caps, keys: 
         group: this many episodes in a row have the same opening, which is read once for them.
 
     Returns:
-        Episodes [m, b, ...]; the agent stream has room for every token of the episode. Where the
-        policy draws alone they lack what `scoring.complete` adds.
+        Episodes [m, b, ...]; the agent stream has room for every token of the episode. Where the policy draws alone
+        they lack what `scoring.complete` adds.
     """
     own, leaders = (constrain(episode_keys(keys, first, program.schedule.episodes, size), "member", EPISODES)
                     for size in (1, group))

@@ -20,7 +20,7 @@ from kl_reg.kl.spends import SPENDS, sampled_log_ratio
 from kl_reg.policies import kinds as policies
 from kl_reg.policies import student
 from kl_reg.pretrained import embeddings, end_tokens, tokenizer, weights
-from kl_reg.program import Agent, Algorithm, Program, Schedule, Task, execute
+from kl_reg.program import Agent, Algorithm, Program, Schedule, Task, fastest
 from kl_reg.references import kinds as references
 from kl_reg.runs import directory as run_directory
 from kl_reg.runs.fingerprint import is_library
@@ -54,7 +54,7 @@ def build(static: Static, model: weights.Model, start=None, loss: Callable | Non
     algorithm = _algorithm(config, static.kl(), loss, agent, first)
     cpu = jax.default_backend() == "cpu" if cpu is None else cpu
     return Program(agent, task, algorithm, schedule,
-                   execute(agent, task, algorithm, schedule, rl.entries, config.model.copies, cpu))
+                   fastest(agent, task, algorithm, schedule, rl.entries, config.model.copies, cpu))
 
 
 def own_parts(static: Static, loss: Callable | None = None) -> list:

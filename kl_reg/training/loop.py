@@ -72,11 +72,11 @@ def train(config: ConfigDict, reward_fn: Callable | Sequence[Callable] | None = 
     if config.model.quantize:
         model, rounding = quantize.convert(model)
         _say(f"model.quantize={config.model.quantize}: {rounding}")
-    start, digest = start or lineage.recorded(workdir), folders.digest(model.folder)
-    if start is not None:
-        start = lineage.open_start(start, config, digest)
-        _say(f"from {start.address}, iteration {start.iteration}: {', '.join(start.changes) or 'the same settings'}")
-    first = 0 if start is None else start.iteration
+    digest = folders.digest(model.folder)
+    origin = lineage.recorded(workdir) if start is None else lineage.open_start(start, config, digest)
+    if origin is not None:
+        _say(f"from {origin.address}, iteration {origin.iteration}: {', '.join(origin.changes) or 'the same settings'}")
+    first = 0 if origin is None else origin.iteration
     groups = member_groups.plan(config, model, loss_fn, mesh, first)
     if groups[0].program.task.env.ends:
         words = tokenizer.load(model.folder)
@@ -85,17 +85,19 @@ def train(config: ConfigDict, reward_fn: Callable | Sequence[Callable] | None = 
     inputs = checkpoint.Inputs(
         digest, judged, [list(group.digests) for group in groups],
         groups[0].program.task.env.digest, folders.digest(folders.find(student)) if student else "",
-        [list(group.functions) for group in groups], [] if start is None else start.digests)
+        [list(group.functions) for group in groups], [] if origin is None else origin.digests)
     resolved = checkpoint.describe(config, inputs, [group.members for group in groups], rounding and rounding.record())
-    if start is not None:
-        resolved["from"] = start.record()
+    if origin is not None:
+        resolved["from"] = origin.record()
     longer = multihost.first(lambda: checkpoint.claim(workdir, resolved))
     if longer:
         _say(longer)
     states = [group.run.init(model.params, group.seeds, group.hyper) for group in groups]
     saved = checkpoint.Checkpoints(workdir / "checkpoints", resolved, config.checkpoint.keep)
-    if start is not None:
-        states = [lineage.begin(start, group.members, state) for group, state in zip(groups, states, strict=True)]
+    if origin is not None and saved.latest is None:
+        if origin.states is None:               # the run ended before its first checkpoint
+            origin = lineage.open_start(origin.address, config, digest, origin.iteration)
+        states = [lineage.begin(origin, group.members, state) for group, state in zip(groups, states, strict=True)]
     states = saved.restore(states)
     if mesh is not None:
         _say(meshes.describe(mesh, model.params, states))

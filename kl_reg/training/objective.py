@@ -117,7 +117,7 @@ def objective(program: Program, params, memory, frozen: Frozen, episodes: Episod
     terms = jax.tree.map(lambda x: jnp.where(mask, x, 0.0), scores.terms)
     parts = jax.vmap(partial(parts_of, program), (0, 0, 0, None))(terms, given, mask, hyper)
     if not fused:
-        total = reduce(parts.policy) + reduce(parts.kl) - hyper.entropy_coef * reduce(parts.entropy)
+        total = reduce(parts.total(hyper))
     value = reduce(jax.vmap(squared_error, (0, 0, 0, None))(scores.value, episodes.value, targets.returns,
                                                             hyper.value_clip))
     logged = {"loss/policy_avg": reduce(parts.policy), "loss/kl": reduce(parts.kl), "loss/value_avg": value,

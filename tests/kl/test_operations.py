@@ -1,5 +1,5 @@
 """Operations of the budget: the mixture against float64 and its root's derivative, both in extremes, and where they
-agree. The tilt by itself is in test_budget.py."""
+agree. The tilt by itself is in test_tilt.py."""
 import itertools
 
 import jax
@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import brentq
 from scipy.special import log_softmax, rel_entr
-from test_budget import VOCAB, extremes, kl_of_logits, language_model_like, problems
+from test_tilt import VOCAB, extremes, kl_of_logits, language_model_like, problems
 
 from kl_reg.kl.budget import Caps, charge, left, open_ledger
 from kl_reg.kl.operations import OPERATIONS, mixed

@@ -1,13 +1,17 @@
 """Runs that start from another's final state."""
 import json
+import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import kl_reg
 from kl_reg import config as configs
-from kl_reg.runs import checkpoint, directory
+from kl_reg.kl.controllers import Progress, Scale
+from kl_reg.runs import checkpoint, directory, lineage
+from kl_reg.types import TrainState
 
 
 def reward(prompts, completions, completion_ids):
@@ -25,9 +29,10 @@ def config(tiny_folder):
     return config
 
 
-def changed(config, **settings):
+def changed(config, sweep=None, **settings):
     own = config.copy_and_resolve_references()
     own.update_from_flattened_dict({key.replace("__", "."): value for key, value in settings.items()})
+    own.sweep = own.sweep if sweep is None else sweep
     return own
 
 
@@ -77,8 +82,36 @@ def test_settings_may_change_and_are_listed(config, parent, tmp_path, capsys):
     ({"sweep": []}, "{run}", "the new run 1"), ({}, "nowhere", "there is no run"),
     ({}, "{run}@9", "there are checkpoints of iterations 1, 2")])
 def test_what_cannot_go_on_is_refused_by_name(config, parent, tmp_path, changes, start, says):
-    own = changed(config, **{key: value for key, value in changes.items() if key != "sweep"})
-    own.sweep = changes.get("sweep", own.sweep)
+    own = changed(config, **changes)
     with pytest.raises((ValueError, FileNotFoundError), match=says):
         kl_reg.train(own, reward, tmp_path / "run", start=start.format(run=parent.workdir))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("kind, parent, expected", [
+    (Scale, {"scale": 2.0}, 2.0), (Scale, None, 1.0), (Progress, {"iteration": 24.0}, 1.0)],
+    ids=["the same kind", "another kind", "a schedule"])
+def test_a_controller_goes_on_and_a_schedule_begins_anew(kind, parent, expected):
+    """Of one array each: their shapes do not tell them apart."""
+    one = jnp.ones(1)
+    state = TrainState({"w": one}, (), jnp.zeros(1, jnp.int32), jnp.zeros(1, jnp.int32), kind(one))
+    stored = {"params": {"w": np.float32(3)}, "opt_state": (), "reference": (),
+              "controller": parent and {name: np.float32(value) for name, value in parent.items()}}
+    new = lineage.begin(lineage.Start("runs/x", 24, [], [], {0: stored}), [0], state)
+    assert new.controller[0].tolist() == [expected] and type(new.controller) is kind
+    assert new.params["w"].tolist() == [3.0] and new.iteration.tolist() == [24]
+
+
+def test_a_run_goes_on_without_the_one_that_it_started_from(config, parent, tmp_path):
+    """What it needs is in its own checkpoint; but before there is one, the other run's is read again."""
+    once = changed(config, rl__iterations=1, sweep=[])
+    source = shutil.copytree(parent.workdir, tmp_path / "source")
+    first = kl_reg.train(once, reward, tmp_path / "run", start=f"{source}:0")
+    shutil.copytree(tmp_path / "run", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut/checkpoints")
+    again = kl_reg.train(once, reward, tmp_path / "cut")
+    shutil.rmtree(source)
+    resumed = kl_reg.train(once, reward, tmp_path / "run")
+    for x, y, z in zip(*(jax.tree.leaves(result.params) for result in (first, again, resumed)), strict=True):
+        np.testing.assert_array_equal(x, y)
+        np.testing.assert_array_equal(x, z)
