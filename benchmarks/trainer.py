@@ -64,7 +64,7 @@ class Trainer:
                                                     first, group.program.algorithm.group))
 
     def reward(self, episodes: Episodes) -> jax.Array:
-        """Of the agent streams [m, b, k]."""
+        """The rewards of the agent streams [m, b, k]."""
         recorded = jax.device_get(episodes._replace(features=(), reference=(), allowed=None))
         members = [jax.tree.map(lambda x, i=i: x[i], recorded) for i in range(len(self.group.members))]
         return jnp.asarray(np.stack([judge(self.group.program, self._judges, own).credit.stream for own in members]))

@@ -23,7 +23,7 @@ from kl_reg.types import AGENT, OPENING, PAD
 
 
 class EnvState(NamedTuple):
-    """Of one episode. `found` is the state of the search for the end marker."""
+    """The state of one episode. `found` is the state of the search for the end marker."""
 
     turn: Int[Array, ""]
     found: Int[Array, ""]

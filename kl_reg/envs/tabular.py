@@ -30,7 +30,7 @@ _WRITERS = {"A": AGENT, "S": STUDENT}
 
 
 class EnvState(NamedTuple):
-    """Of one episode. `position`: tokens written; `turn` counts the changes of the writer."""
+    """The state of one episode. `position`: tokens written; `turn` counts the changes of the writer."""
 
     position: Int[Array, ""]
     turn: Int[Array, ""]

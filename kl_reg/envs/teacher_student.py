@@ -37,8 +37,8 @@ from kl_reg.types import AGENT, FORCED, PAD, STUDENT
 
 
 class EnvState(NamedTuple):
-    """Of one episode. `speaker` 0 is the agent; `queue` counts prefix tokens still to be forced; `found` is the state
-    of the search for the turn's terminator; `written` counts the tokens of the present turn."""
+    """The state of one episode. `speaker` 0 is the agent; `queue` counts prefix tokens still to be forced; `found` is
+    the state of the search for the turn's terminator; `written` counts the tokens of the present turn."""
 
     speaker: Int[Array, ""]
     queue: Int[Array, ""]

@@ -46,7 +46,7 @@ def rates(columns: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, flo
 
 
 def _error(centred):
-    """Of the mean of each row [n, b] that is zero in the mean."""
+    """The standard error of the mean of each row [n, b] that is zero in the mean."""
     b = centred.shape[1]
     return np.sqrt((centred**2).sum(1) / b / (b - 1)) if b > 1 else np.full(len(centred), np.nan)
 

@@ -76,7 +76,8 @@ def left(caps: Caps, ledger: Ledger, carry: bool) -> Float[Array, ...]:
 
 
 def part_left(caps: Caps, ledger: Ledger, nats: Float[Array, ...]) -> Float[Array, ...]:
-    """Of the episode's budget, where it has one; else `nats`, of `left`, over the smallest other limit. In [0, 1]."""
+    """The part of the episode's budget that remains, where it has one; else `nats`, of `left`, over the smallest other
+    limit. In [0, 1]."""
     whole = jnp.where(jnp.isfinite(caps.episode), caps.episode, jnp.minimum(caps.turn, caps.token))
     rest = jnp.where(jnp.isfinite(caps.episode), caps.episode - ledger.spent, nats)
     some = jnp.isfinite(whole) & (whole > 0)

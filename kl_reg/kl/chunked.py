@@ -113,7 +113,7 @@ def _products(policy_table, base_table, policy, base):
 
 
 def _terms_of(plan, product, base_product, action):
-    """Of one token, from its rows [v] of the products."""
+    """The terms of one token, from its rows [v] of the products."""
     shape = lambda z: z if plan.cap is None else plan.cap * jnp.tanh(z / plan.cap)  # noqa: E731
     base_logits = shape(base_product) * plan.scale
     logits = base_logits + product * plan.scale if plan.relative else shape(product) * plan.scale
@@ -152,7 +152,7 @@ def _forward(plan, policy, policy_table, base, base_table, action, used):
         return _terms(plan, *inputs), inputs
 
     def row(product, *rest):
-        """Of one token: its terms and their derivatives by its product."""
+        """The terms of one token and their derivatives by its product."""
         terms_of = lambda product: _terms_of(plan, product, *rest)  # noqa: E731
         return None, (terms_of(product), {name: jax.grad(lambda z, name=name: terms_of(z)._asdict()[name])(product)
                                           for name in plan.differentiate})

@@ -65,25 +65,25 @@ NEEDS = {
 
 
 class Progress(NamedTuple):
-    """Of a schedule: iterations done."""
+    """The state of a schedule: iterations done."""
 
     iteration: Float[Array, ""]
 
 
 class Scale(NamedTuple):
-    """Of the adaptive controller: the coefficient over kl_coef."""
+    """The state of the adaptive controller: the coefficient over kl_coef."""
 
     scale: Float[Array, ""]
 
 
 class Dual(NamedTuple):
-    """Of dual ascent: log of the coefficient over kl_coef."""
+    """The state of dual ascent: log of the coefficient over kl_coef."""
 
     log_scale: Float[Array, ""]
 
 
 class ProportionalIntegral(NamedTuple):
-    """Of PI control: the accumulated part of log(coefficient / kl_coef), and the error of the last batch."""
+    """The state of PI control: the accumulated part of log(coefficient / kl_coef), and the error of the last batch."""
 
     integral: Float[Array, ""]
     error: Float[Array, ""]

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 
 class TokenTerms(NamedTuple):
-    """Of one token, in nats: log pi(a), log pi(a) - log beta(a), D(pi || beta), H(pi), D(beta || pi).
+    """The terms of one token, in nats: log pi(a), log pi(a) - log beta(a), D(pi || beta), H(pi), D(beta || pi).
 
     `forward_kl` is zero where it was not asked for.
     """

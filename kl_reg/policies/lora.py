@@ -66,7 +66,7 @@ def lora(config: decoder.DecoderConfig, settings) -> Policy:
         return adapter
 
     def scaled(own, members):
-        """As `decoder` takes it; the member axis, where there is one, is the second."""
+        """The adapter as `decoder` takes it; the member axis, where there is one, is the second."""
         place = (lambda x: jnp.moveaxis(x, 0, 1)) if members else (lambda x: x[:, None])
         return {name: {"a": place(low["a"]), "b": settings.alpha / rank * place(low["b"])}
                 for name, low in own.items()}

@@ -49,7 +49,7 @@ def total(tree, axis: str | None):
 
 
 def together(tree, axis: str | None):
-    """Such devices' arrays, one behind the other along their first dimension."""
+    """The arrays of such devices, one behind the other along their first dimension."""
     return tree if axis is None else jax.lax.all_gather(tree, axis, tiled=True)
 
 

@@ -34,7 +34,7 @@ MODES = ("jit", "pmap")
 
 
 def sizes(settings: ConfigDict, count: int) -> tuple[int, ...]:
-    """Of each axis, on so many devices; the axis that is -1 takes what the others leave.
+    """The size of each axis on so many devices; the axis that is -1 takes what the others leave.
 
     Raises:
         ValueError: they do not multiply to `count`.
@@ -117,7 +117,7 @@ def _several(axes):
 
 
 def axes_of(path: str, shape: Sequence[int], rules: Sequence[Rule], lead: Sequence = ()) -> tuple:
-    """Of each dimension of the parameter at `path`.
+    """The axis of each dimension of the parameter at `path`.
 
     Args:
         rules: (regular expression, axes of the last dimensions), the first that is found in the path counts.
@@ -169,7 +169,7 @@ def undivided(tree, rules: Sequence[Rule], mesh: Mesh, lead: Sequence = ()) -> l
 
 
 def model_shardings(params, mesh: Mesh):
-    """Of a frozen decoder, or several stacked."""
+    """The shardings of a frozen decoder, or of several stacked."""
     return partition(params, DECODER, mesh)
 
 
@@ -181,17 +181,17 @@ def sharding_of(mesh: Mesh | None) -> Callable | None:
 
 
 def state_shardings(state, mesh: Mesh):
-    """Of a `TrainState` of all members, or its shapes (`jax.eval_shape` of `Compiled.init`)."""
+    """The shardings of a `TrainState` of all members, or its shapes (`jax.eval_shape` of `Compiled.init`)."""
     return partition(state, STATE, mesh, lead=("member",))
 
 
 def episode_shardings(tree, mesh: Mesh):
-    """Of arrays [m, b, ...]: recorded episodes, their rewards."""
+    """The shardings of arrays [m, b, ...]: recorded episodes, their rewards."""
     return _shardings(tree, mesh, "member", EPISODES)
 
 
 def member_shardings(tree, mesh: Mesh):
-    """Of arrays [m, ...]: settings, seeds, keys."""
+    """The shardings of arrays [m, ...]: settings, seeds, keys."""
     return _shardings(tree, mesh, "member")
 
 

@@ -18,7 +18,7 @@ CLUSTERS = {"auto": None, "slurm": "slurm", "tpu": "cloud_tpu", "kubernetes": "k
 
 
 VARIABLE = "KL_REG_HOSTS"
-"""Of the environment, where no argument says it."""
+"""The environment variable that counts where no argument says it."""
 
 
 def join(hosts: str | None = None) -> None:

@@ -77,7 +77,7 @@ def layout(program: Program, shape: tuple[int, int], vocabulary: int, cost: Cost
 
 
 def states(program: Program, params, frozen: Frozen, episodes: Episodes) -> States:
-    """Of all agent tokens [b, k], where there is no budget."""
+    """The hidden states of all agent tokens [b, k], where there is no budget."""
     infinite, zero = jnp.full(episodes.mask.shape, jnp.inf), jnp.zeros(episodes.mask.shape)
     time = (episodes.slot - episodes.transcript.tokens.shape[1] + program.task.env.length) / program.task.env.length
     return program.agent.policy.factored.states(params, frozen.base, episodes.features, Situation(infinite, zero, time))
@@ -90,8 +90,8 @@ def tables(program: Program, params, frozen: Frozen):
 
 def read_at_once(program: Program, params, frozen: Frozen, episodes: Episodes, longest: Int[Array, ""], cost: Cost
                  ) -> Scores:
-    """Of a program whose tokens depend on nothing but what stands before them: many positions at a time, straight from
-    hidden states (`kl.chunked`)."""
+    """Scores tokens that depend on nothing but what stands before them, many positions at a time, straight from hidden
+    states (`kl.chunked`)."""
     own, (table, base_table) = states(program, params, frozen, episodes), tables(program, params, frozen)
     cut, factored = layout(program, episodes.mask.shape, len(base_table), cost), program.agent.policy.factored
     # `chunked_terms` has in part i every p-th row from i on.

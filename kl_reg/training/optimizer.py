@@ -46,7 +46,7 @@ def chain(max_grad_norm: float | None, factor: optax.Schedule, labels: Callable,
 
 
 def value_learning_rate(hyper: Hyper) -> Float[Array, ""]:
-    """That of the value head: its own, where it has one."""
+    """The learning rate of the value head: its own, where it has one."""
     return jnp.where(jnp.isfinite(hyper.value_learning_rate), hyper.value_learning_rate, hyper.learning_rate)
 
 

@@ -39,7 +39,7 @@ class Answers(NamedTuple):
 
 
 class Judgement(NamedTuple):
-    """Of one policy's batch: its turns, what they are worth in reward units, and metrics of the reward."""
+    """What one policy's batch is worth: its turns, their rewards in reward units, and metrics of the reward."""
 
     turns: list[Reply]
     credit: replies.Credit
@@ -114,12 +114,12 @@ def describe(program: Program, judged: Judgement, episodes: Episodes) -> dict:
 
 
 def _unjudged(turns, scores, count):
-    """Of each episode, how many replies no function could judge, and about how many they were asked."""
+    """How many replies of each episode no function could judge, and about how many they were asked."""
     asked, judged = (replies.by_episode(turns, chosen, count) for chosen in (scores.asked, scores.judged))
     return asked - judged, asked
 
 
 def _mean(values):
-    """Of those that are judged."""
+    """The mean of those that are judged; None without any."""
     said = values[~np.isnan(values)]
     return float(said.mean()) if len(said) else None

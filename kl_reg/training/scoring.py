@@ -79,7 +79,7 @@ def with_scores(program: Program, episodes: Episodes, scores: Scores) -> Episode
 
 def read_in_order(program: Program, params, memory, frozen: Frozen, episodes: Episodes, caps: Caps,
                   longest: Int[Array, ""]) -> Scores:
-    """Of any program: one position of the stream after the other.
+    """Scores the tokens of any program, one position of the stream after the other.
 
     The budget ledger is re-run with the new parameters and differentiated through: what a token may spend depends on
     what the earlier ones cost, and a gradient that leaves this out sees the benefit of spending and not its price.

@@ -16,7 +16,7 @@ from kl_reg.types import Episodes, Hyper
 
 
 class Targets(NamedTuple):
-    """Of a batch, in reward units with the KL penalty subtracted.
+    """What an update of a batch aims at, in reward units with the KL penalty subtracted.
 
     `kl_coef` is that of the KL in the loss: the coefficient times `factor`, by which the advantages were multiplied, so
     that a nat keeps its price.

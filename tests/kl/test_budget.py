@@ -77,7 +77,7 @@ def test_thousands_of_charges_below_float32s_resolution_count():
 
 
 def test_budgets_grow_linearly_in_the_first_part_of_a_run():
-    """Of ten iterations the first half: a fifth of the limits at the first, all of them from the fifth on."""
+    """In the first half of ten iterations: a fifth of the limits at the first, all of them from the fifth on."""
     caps = Caps(jnp.float32(10.0), jnp.float32(jnp.inf), jnp.float32(0.0))
     for iteration, part in ((0, 0.2), (1, 0.4), (4, 1.0), (9, 1.0)):
         now = ramped(caps, jnp.float32(0.5), jnp.int32(iteration), 10)

@@ -175,7 +175,7 @@ def test_a_proposal_along_the_reward_is_better_followed_by_the_tilt(allowance, e
 
 
 def gains(log_base, reward, allowance):
-    """Of the tilt and of the mixture, in parts of the best."""
+    """What the tilt and the mixture gain, in parts of the best."""
     at = lambda k: np.exp(log_softmax(log_base + k * reward))  # noqa: E731
     best = at(brentq(lambda k: rel_entr(at(k), np.exp(log_base)).sum() - allowance, 0, 200))
     given = jnp.float32(log_base), jnp.float32(8 * reward), jnp.float32(allowance)
