@@ -39,7 +39,7 @@ class Parts(NamedTuple):
     approx_kl: Float[Array, " k"]       # (log ratio)^2 / 2, nats from the sampling policy
     clipped: Float[Array, " k"]         # 1 where PPO's clip holds the token
 
-    def total(self, hyper: Hyper) -> Float[Array, " k"]:
+    def total(self, hyper: Hyper) -> Float[Array, "*k"]:
         """The loss of each token, but for its value's error."""
         return self.policy + self.kl - hyper.entropy_coef * self.entropy
 
