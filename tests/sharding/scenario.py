@@ -32,6 +32,7 @@ SGD = optax.GradientTransformation(lambda params: jax.tree.map(jnp.zeros_like, p
 KINDS = {"full": dict(kind="full", rl__minibatches=2), "mixture": dict(kind="full", experts=4),
          "budget": dict(kind="head", rl__algorithm="ppo", rl__minibatches=2, rl__epochs=2, kl__budget=0.5,
                         kl__placement="reward", kl__estimator="k1", kl__controller="fixed", rl__group=1)}
+KINDS["linear"] = KINDS["budget"] | dict(policy__actor="linear", kl__operation="mixture", kl__ledger="log_ratio")
 
 
 class Case(NamedTuple):

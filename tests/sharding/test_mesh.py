@@ -140,6 +140,14 @@ def test_what_the_optimizer_keeps_of_a_mixture_lies_over_its_experts_devices_too
         assert moments["embed"] == P("tensor", ("fsdp", "expert"))
 
 
+def test_a_linear_actor_is_divided_as_the_unembedding_that_it_is():
+    params = {"actor": {"table": np.zeros((300, 20))}}
+    state = {"params": params, "opt_state": jax.eval_shape(optax.scale_by_adam().init, params)}
+    own = meshes.specs(state, partition_rules.STATE, scenario.mesh_of(fsdp=2, tensor=2, expert=2))
+    assert own["params"]["actor"]["table"] == P("tensor", None)
+    assert own["opt_state"].mu["actor"]["table"] == own["opt_state"].nu["actor"]["table"] == P(("tensor", "expert"), None)
+
+
 def test_a_parameter_without_a_rule_is_an_error_that_names_it():
     with pytest.raises(ValueError, match="no partition rule names the parameter actor_2/hidden"):
         meshes.specs({"actor_2": {"hidden": np.zeros(3)}}, partition_rules.STATE, None)

@@ -17,6 +17,7 @@ WAYS = {
     "expert": ("mixture", {"data": 2, "expert": 4}, "jit", {
         "experts/gate": (1, 1, 1, 16, 32), "experts/down": (1, 1, 1, 32, 16), "router/kernel": (1, 1, 16, 4)}),
     "a ledger, pmap": ("budget", {"data": 4}, "pmap", {"actor/hidden/kernel": (1, 19, 8)}),
+    "a linear actor": ("linear", {"data": 2, "tensor": 4}, "jit", {"actor/table": (1, 75, 20)}),
 }
 """Program, sizes of axes, mode, and what each device then holds of parameters of one member."""
 
