@@ -57,7 +57,7 @@ def episode(params, nats, choose):
         each = imitators(previous)
         log_ref = mixture(each, weights)                                        # what KL is measured to
         allowance = jax.nn.sigmoid(params["neuron"][position, previous]) * budget.left(caps, ledger, False)
-        logits = tilted(log_ref, params["change"][position, previous], allowance)
+        logits, _ = tilted(log_ref, params["change"][position, previous], allowance)
         token = choose(position, jax.nn.log_softmax(logits))
         terms = token_terms(logits, log_ref, token)
         ledger = budget.charge(ledger, terms.kl, jnp.bool_(True))

@@ -26,7 +26,8 @@ class Agent(NamedTuple):
 
     `constrained`: the agent has a hard budget. `operation`: how it moves a proposal (`kl.operations`). `spend`: which
     part of it the next token may cost. `carry`: what a turn or a token leaves of its cap is added to the later ones'.
-    `hard`: the ledger is exact, and re-run in updates; else it is charged log-ratios, and taken as recorded.
+    `rerun`: what the ledger is charged depends on the parameters, so that updates run it again; else it is what was
+    recorded.
     `target_floor`: nats that every token may cost.
     """
 
@@ -38,7 +39,7 @@ class Agent(NamedTuple):
     operation: Callable
     spend: Spend
     carry: bool
-    hard: bool
+    rerun: bool
     target_floor: float
 
 
@@ -95,9 +96,10 @@ WITH_REFERENCE, ALONE = "with_reference", "alone"
 """How tokens are sampled: policy and reference read each token side by side; or the policy draws all tokens by itself,
 and is compared with the base afterwards."""
 
-IN_ORDER, AT_ONCE, FUSED = "in_order", "at_once", "fused"
-"""How tokens are scored: one position after the other, the ledger between them; all at once, where a token depends on
-the transcript alone; or all at once with the derivative of each token's loss, where the loss is per token."""
+AS_SAMPLED, AT_ONCE, FUSED = "as_sampled", "at_once", "fused"
+"""How tokens are scored: each as the sampler has it, with the ledger that runs through them; straight from hidden
+states, where a token depends on the transcript alone; or so, with the derivative of each token's loss, where the loss
+is per token."""
 
 
 class Execution(NamedTuple):
@@ -158,7 +160,7 @@ def replace(program: Program, **parts) -> Program:
 def _choices(agent, task, algorithm, schedule):
     policy, kl = agent.policy, algorithm.kl.config
     if not (agent.reference.is_base and policy.factored) or agent.constrained or agent.sampling.truncates:
-        return WITH_REFERENCE, IN_ORDER, False          # a token depends on more than what stands before it
+        return WITH_REFERENCE, AS_SAMPLED, False          # a token depends on more than what stands before it
     scorer = FUSED if algorithm.per_token and kl.reduction == "token" else AT_ONCE
     if policy.alone is None or task.env.students and not (policy.alone.speaks and agent.student.is_base):
         return WITH_REFERENCE, scorer, False

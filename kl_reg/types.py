@@ -93,6 +93,7 @@ class Episodes(NamedTuple):
     floor: Float[Array, "b k"]             # -log of the reference's mass, nats: 0 for a proper distribution
     value: Float[Array, "b k"]
     spent_before: Float[Array, "b k"]
+    strength: Float[Array, "b k"]          # how far the budget lets the proposal be followed, in [0, 1]
     asked: Bool[Array, " b"]               # whether it ended by asking for help: the floor was above what was left
     judged: Bool[Array, " b"]              # False where the reward cannot say what it is worth; True until it is asked
 

@@ -86,15 +86,15 @@ def _split(x, parts):
     return padded.reshape(rows, parts, *x.shape[1:]).swapaxes(0, 1)
 
 
-def _over_parts(function, used, *xs):
-    """`lax.map` over the parts; zeros behind the first `used` ones."""
+def over_parts(function: Callable, used: Int[Array, ""], *xs):
+    """`lax.map` over the parts of pytrees [p, r, ...]; zeros behind the first `used` ones."""
     def part(args):
         index, *rows = args
         nothing = lambda *rows: jax.tree.map(  # noqa: E731
             lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, *rows))
         return jax.lax.cond(index < used, function, nothing, *rows)
 
-    return jax.lax.map(part, (jnp.arange(len(xs[0])), *xs))
+    return jax.lax.map(part, (jnp.arange(len(jax.tree.leaves(xs)[0])), *xs))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -103,7 +103,7 @@ def _terms(plan, policy, policy_table, base, base_table, action, used):
         products = _products(policy_table, base_table, policy, base)
         return _over_rows(plan.block, lambda *row: (None, _terms_of(plan, *row)), *products, action)[1]
 
-    return _over_parts(part, used, policy, base, action)
+    return over_parts(part, used, policy, base, action)
 
 
 def _products(policy_table, base_table, policy, base):
@@ -126,7 +126,7 @@ def _over_rows(block, function, product, *xs):
     rows = len(product)
     if block is None or block >= rows:
         return jax.vmap(function)(product, *xs)
-    size = min((n for n in range(1, rows + 1) if rows % n == 0), key=lambda n: abs(math.log(n / block)))
+    size = _size(rows, block)
 
     def work(i, carry):
         product, outs = carry
@@ -139,6 +139,21 @@ def _over_rows(block, function, product, *xs):
     outs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     product, outs = jax.lax.fori_loop(0, rows // size, work, (product, outs))
     return None if own is None else product, outs
+
+
+def over_blocks(block: int | None, function: Callable, *xs):
+    """function(pytrees [n, ...]) of all rows [r, ...], about `block` of them at a time; None: all."""
+    rows = len(jax.tree.leaves(xs)[0])
+    if block is None or block >= rows:
+        return function(*xs)
+    size = _size(rows, block)
+    out = jax.lax.map(lambda xs: function(*xs), jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), xs))
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), out)
+
+
+def _size(rows, block):
+    """The divisor of `rows` that is nearest to `block`."""
+    return min((n for n in range(1, rows + 1) if rows % n == 0), key=lambda n: abs(math.log(n / block)))
 
 
 def _product(axes, dtype, left, right):
@@ -162,7 +177,7 @@ def _forward(plan, policy, policy_table, base, base_table, action, used):
         _, (terms, by_product) = _over_rows(plan.block, row, *products, action)
         return terms, {name: _by_policy(x, policy_table) for name, x in by_product.items()}
 
-    return _over_parts(part, used, policy, base, action)
+    return over_parts(part, used, policy, base, action)
 
 
 def _by_policy(by_product, policy_table):
@@ -251,7 +266,7 @@ def _loss(plan, loss, policy, policy_table, base, base_table, action, given, sha
         _, (values, terms) = _over_rows(plan.block, row, *products, action, given)
         return values.sum(), terms
 
-    losses, terms = _over_parts(part, used, policy, base, action, given)
+    losses, terms = over_parts(part, used, policy, base, action, given)
     return losses.sum(), terms
 
 

@@ -13,6 +13,7 @@ itself is affordable, where no alpha > 0 is feasible, and without an allowance.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import chex
 import jax
@@ -21,9 +22,12 @@ from jaxtyping import Array, Float
 
 from kl_reg.kl.exact import divergence, normalise
 from kl_reg.registry import Registry
+from kl_reg.sharding.batching import largest
 
 OPERATIONS = Registry("kl.operation")
-"""Functions (log_base [v], gap [v], allowance []) -> logits [v] whose softmax has D <= allowance (1 + 1e-5)."""
+"""Functions (log_base [v], gap [v], allowance [], start []) -> `Moved`, whose softmax has D <= allowance (1 + 1e-5).
+`start` is a guess of the strength, as what it was when the token was sampled; 0: none. The result does not depend on it
+but for less than what D may be below the allowance."""
 
 _EVALUATIONS = 40      # for adversarial proposals; those of a language model take 1 to 7
 _CLOSE = 1e-4          # stop when D is within this part below the allowance
@@ -33,7 +37,15 @@ _ROUNDING = 2.0**-23   # of a logit, relative to its summands
 _NOTHING = 1e-30       # of what a mixture leaves of a token's probability where the proposal forbids it
 
 
-def tilt(gap: Float[Array, " v"], allowance: Float[Array, ""], log_base: Float[Array, " v"]) -> Float[Array, ""]:
+class Moved(NamedTuple):
+    """The logits between the reference's and the proposal's, and their strength alpha, a constant."""
+
+    logits: Float[Array, " v"]
+    strength: Float[Array, ""]
+
+
+def tilt(gap: Float[Array, " v"], allowance: Float[Array, ""], log_base: Float[Array, " v"],
+         start: Float[Array, ""] | float = 0.0) -> Float[Array, ""]:
     """The strength alpha in [0, 1] of the tilt; differentiable in `gap` and `allowance` (implicit function theorem).
 
     The softmax of `log_base + alpha * gap`, however float32 rounds these logits, has D <= allowance (1 + 1e-5); where
@@ -46,9 +58,10 @@ def tilt(gap: Float[Array, " v"], allowance: Float[Array, ""], log_base: Float[A
         gap: proposal logits minus base logits, finite (`finite`).
         allowance: nats that this token may cost; infinite: no limit.
         log_base: normalised log-probabilities of the base, a constant.
+        start: a guess of the strength, tried first; 0: none.
     """
     chex.assert_equal_shape([gap, log_base])
-    return _tilt(gap, allowance, jax.lax.stop_gradient(log_base))
+    return _tilt(gap, allowance, *jax.lax.stop_gradient((log_base, jnp.float32(start))))
 
 
 def finite(gap: Float[Array, " v"]) -> Float[Array, " v"]:
@@ -56,18 +69,22 @@ def finite(gap: Float[Array, " v"]) -> Float[Array, " v"]:
     return jnp.nan_to_num(gap, nan=jnp.nan, posinf=1e15, neginf=-1e15)
 
 
-def tilted(log_base: Float[Array, " v"], gap: Float[Array, " v"], allowance: Float[Array, ""]) -> Float[Array, " v"]:
+def tilted(log_base: Float[Array, " v"], gap: Float[Array, " v"], allowance: Float[Array, ""],
+           start: Float[Array, ""] | float = 0.0) -> Moved:
     """The logits log_base + alpha gap of the tilt that the allowance admits; `gap` may be infinite (`finite`)."""
     gap = finite(gap)
-    return log_base + tilt(gap, allowance, log_base) * gap
+    alpha = tilt(gap, allowance, log_base, start)
+    return Moved(log_base + alpha * gap, jax.lax.stop_gradient(alpha))
 
 
-def mixed(log_base: Float[Array, " v"], gap: Float[Array, " v"], allowance: Float[Array, ""]) -> Float[Array, " v"]:
+def mixed(log_base: Float[Array, " v"], gap: Float[Array, " v"], allowance: Float[Array, ""],
+          start: Float[Array, ""] | float = 0.0) -> Moved:
     """The logits log(alpha a + (1 - alpha) beta) of the mixture that the allowance admits; `gap` may be infinite
     (`finite`). Where the proposal forbids a token, at least 1e-30 of beta's probability stays."""
     chex.assert_equal_shape([gap, log_base])
     ratio = _log_proposal_ratio(finite(gap), log_base)
-    return log_base + _mixed_ratio(ratio, _mix(ratio, allowance, jax.lax.stop_gradient(log_base)))
+    alpha = _mix(ratio, allowance, *jax.lax.stop_gradient((log_base, jnp.float32(start))))
+    return Moved(log_base + _mixed_ratio(ratio, alpha), jax.lax.stop_gradient(alpha))
 
 
 OPERATIONS.register("tilt", tilted)
@@ -75,14 +92,14 @@ OPERATIONS.register("mixture", mixed)
 
 
 @jax.custom_jvp
-def _tilt(gap, allowance, log_base):
-    return _tilt_strength(gap, allowance, log_base)[0]
+def _tilt(gap, allowance, log_base, start):
+    return _tilt_strength(gap, allowance, log_base, start)[0]
 
 
 @_tilt.defjvp
 def _tilt_jvp(primals, tangents):
-    gap, allowance, log_base = primals
-    alpha, binds = _tilt_strength(gap, allowance, log_base)
+    gap, _, log_base, _ = primals
+    alpha, binds = _tilt_strength(*primals)
     policy = jax.nn.softmax(log_base + alpha * gap)
     centred = gap - (policy * gap).sum()
     slope = alpha * (policy * centred**2).sum()                       # dD / dalpha
@@ -90,15 +107,18 @@ def _tilt_jvp(primals, tangents):
     return alpha, _rate(binds, slope, tangents[1] - by_gap)
 
 
-def _tilt_strength(gap, allowance, log_base):
+def _tilt_strength(gap, allowance, log_base, start):
     """(alpha, whether the allowance binds). While no feasible alpha is known, the bracket starts at D <= alpha
     max(g - E_beta g), so that gaps of 1e15 take few steps as well."""
     base = jnp.exp(log_base)
-    centred = gap - (base * gap).sum()
-    first = jnp.sqrt(2 * allowance / jnp.maximum((base * centred**2).sum(), 1e-30))
-    largest = jnp.where(log_base > -jnp.inf, centred, 0.0).max()
-    return _solve(lambda alpha: _tilt_cost(gap, alpha, log_base, base), allowance, first,
-                  allowance / jnp.maximum(largest, 1e-30))
+
+    def cold():
+        centred = gap - (base * gap).sum()
+        most = jnp.where(log_base > -jnp.inf, centred, 0.0).max()
+        return (jnp.sqrt(2 * allowance / jnp.maximum((base * centred**2).sum(), 1e-30)),
+                allowance / jnp.maximum(most, 1e-30))
+
+    return _solve(lambda alpha: _tilt_cost(gap, alpha, log_base, base), allowance, start, cold)
 
 
 def _tilt_cost(gap, alpha, log_base, base):
@@ -127,15 +147,15 @@ def _mixed_ratio(ratio, alpha):
 
 
 @jax.custom_jvp
-def _mix(ratio, allowance, log_base):
-    return _mix_strength(ratio, allowance, log_base)[0]
+def _mix(ratio, allowance, log_base, start):
+    return _mix_strength(ratio, allowance, log_base, start)[0]
 
 
 @_mix.defjvp
 def _mix_jvp(primals, tangents):
     """dD along a change of the proposal is alpha sum a log(x / beta) (d ratio): a's derivative is a d ratio."""
-    ratio, allowance, log_base = primals
-    alpha, binds = _mix_strength(ratio, allowance, log_base)
+    ratio, _, log_base, _ = primals
+    alpha, binds = _mix_strength(*primals)
     base, log_ratio = jnp.exp(log_base), _mixed_ratio(ratio, alpha)
     proposal = jnp.exp(jnp.minimum(log_base + ratio, 0.0))
     slope = ((proposal - base) * log_ratio).sum()                     # dD / dalpha
@@ -143,14 +163,17 @@ def _mix_jvp(primals, tangents):
     return alpha, _rate(binds, slope, tangents[1] - by_ratio)
 
 
-def _mix_strength(ratio, allowance, log_base):
+def _mix_strength(ratio, allowance, log_base, start):
     """(alpha, whether the allowance binds). D is convex, so alpha = allowance / D(1) is surely feasible."""
     base, proposal = jnp.exp(log_base), jnp.exp(jnp.minimum(log_base + ratio, 0.0))
-    apart = jnp.where(base > 0, (proposal - base) ** 2 / jnp.maximum(base, 1e-37), 0.0).sum()       # 2 D / alpha^2
     cost = lambda alpha: _mix_cost(ratio, alpha, log_base, base, proposal)  # noqa: E731
-    whole, _ = cost(jnp.float32(1.0))
-    return _solve(cost, allowance, jnp.sqrt(2 * allowance / jnp.maximum(apart, 1e-30)),
-                  allowance / jnp.maximum(whole, 1e-30))
+
+    def cold():
+        apart = jnp.where(base > 0, (proposal - base) ** 2 / jnp.maximum(base, 1e-37), 0.0).sum()   # 2 D / alpha^2
+        return (jnp.sqrt(2 * allowance / jnp.maximum(apart, 1e-30)),
+                allowance / jnp.maximum(cost(jnp.float32(1.0))[0], 1e-30))
+
+    return _solve(cost, allowance, start, cold)
 
 
 def _mix_cost(ratio, alpha, log_base, base, proposal):
@@ -182,36 +205,50 @@ def _rate(binds, slope, change):
     return jnp.where(safe, change / jnp.where(safe, slope, 1.0), 0.0)
 
 
-def _solve(cost: Callable, allowance, first, surely):
-    """(alpha, whether the allowance binds). Newton on sqrt(D), which is nearly linear in alpha, inside a bracket.
-
-    A step that leaves the bracket goes to its geometric middle instead.
+def _solve(cost: Callable, allowance, start, cold: Callable):
+    """(alpha, whether the allowance binds). The guess `start` is tried first, and where there is none the proposal
+    itself; where that does not settle it, Newton on sqrt(D), which is nearly linear in alpha, inside a bracket. A step
+    that leaves the bracket goes to its geometric middle instead.
 
     Args:
         cost: alpha -> (D with the worst rounding of the logits added, its derivative by log alpha).
-        first: where Newton starts, at most 1.
-        surely: an alpha whose D is within the allowance.
+        cold: () -> (where Newton starts without a guess, an alpha whose D is within the allowance).
     """
-    binds = ~(cost(jnp.float32(1.0))[0] <= allowance)
-    first, surely = jnp.minimum(first, 1.0), jnp.minimum(surely, 1.0)
-    aim, zero = allowance * (1 - _CLOSE / 4), jnp.zeros_like(allowance)
+    aim, guessed = allowance * (1 - _CLOSE / 4), (start > 0) & (start < 1)
 
-    def unfinished(state):
-        low, high, _, at_low, count = state
-        apart = (at_low < allowance * (1 - _CLOSE)) & (low < high * (1 - _RESOLVED))
-        return binds & (allowance > _LEAST) & apart & (count < _EVALUATIONS)
-
-    def step(state):
-        low, high, alpha, at_low, count = state
+    def tried(low, high, at_low, alpha):
+        """The bracket behind a try, and where Newton goes from there."""
         divergence, rise = cost(alpha)
-        feasible = divergence <= allowance
-        low, at_low = jnp.where(feasible, alpha, low), jnp.where(feasible, divergence, at_low)
-        high = jnp.where(feasible, high, alpha)
-        root = jnp.sqrt(divergence)
+        feasible, root = divergence <= allowance, jnp.sqrt(divergence)
         newton = alpha * (1 - (root - jnp.sqrt(aim)) * 2 * root / jnp.maximum(rise, 1e-30))
-        bottom = jnp.where(low > 0, low, jnp.minimum(surely, high) / 16)
-        inside = (newton > low) & (newton < high)
-        return low, high, jnp.where(inside, newton, jnp.sqrt(bottom) * jnp.sqrt(high)), at_low, count + 1
+        return (jnp.where(feasible, alpha, low), jnp.where(feasible, high, alpha),
+                jnp.where(feasible, divergence, at_low), newton)
 
-    low, *_ = jax.lax.while_loop(unfinished, step, (zero, zero + 1, first, zero, 0))
-    return jnp.where(binds, low, 1.0), binds & (low > 0)
+    def open_(low, high, at_low):
+        apart = (at_low < allowance * (1 - _CLOSE)) & (low < high * (1 - _RESOLVED))
+        return (low < 1) & (allowance > _LEAST) & apart
+
+    def search(low, high, at_low, newton):
+        first, surely = cold()
+        first, surely = jnp.minimum(first, 1.0), jnp.minimum(surely, 1.0)
+
+        def inside(low, high, newton):
+            """Newton's alpha, the bracket's middle, or 1 where nothing is known to be too much."""
+            known = high <= 1
+            bottom, top = jnp.where(low > 0, low, jnp.minimum(surely, high) / 16), jnp.minimum(high, 1.0)
+            good = (newton > low) & ((newton < high) | ~known)
+            return jnp.where(good, jnp.minimum(newton, 1.0), jnp.sqrt(bottom) * jnp.sqrt(top))
+
+        def step(state):
+            low, high, at_low, alpha, count = state
+            low, high, at_low, newton = tried(low, high, at_low, alpha)
+            return low, high, at_low, inside(low, high, newton), count + 1
+
+        state = low, high, at_low, jnp.where(guessed, inside(low, high, newton), first), 0
+        return jax.lax.while_loop(lambda state: open_(*state[:3]) & (state[4] < _EVALUATIONS), step, state)[0]
+
+    zero = jnp.zeros_like(allowance)
+    low, high, at_low, newton = tried(zero, zero + 2, zero, jnp.where(guessed, start, 1.0))
+    more = open_(low, high, at_low)
+    alpha = jax.lax.cond(largest(more.astype(jnp.int32)) > 0, search, lambda low, *_: low, low, high, at_low, newton)
+    return alpha, (alpha > 0) & (alpha < 1)

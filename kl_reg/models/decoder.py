@@ -225,10 +225,18 @@ def _scan(config, params, sections, features, adapter, keep=False):
 
 
 def apart(params: dict) -> dict:
-    """The parameters with a copy of each layer's by itself, as a tuple. Many calls of `decode` take a copy that is made
-    before them: a slice of a stack is copied each time."""
+    """The parameters with a copy of each layer's by itself, as a tuple, its kernels turned (`layers.turned_product`).
+    Many calls of `decode` take a copy that is made before them: a slice of a stack is copied each time."""
     count = len(jax.tree.leaves(params["layers"])[0])
-    return params | {"layers": tuple(jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(count))}
+    layers = [jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(count)]
+    return params | {"layers": tuple({name: _turned(own) for name, own in layer.items()} for layer in layers)}
+
+
+def _turned(own):
+    """The parameters of one part of a layer; of a `Linear` in floats with its kernel turned."""
+    if "kernel" not in own or "kernel_scale" in own:
+        return own
+    return {name: x for name, x in own.items() if name != "kernel"} | {"turned": own["kernel"].T}
 
 
 def decode(config: DecoderConfig, params: dict, token: Int[Array, " b"], start: Int[Array, " b"],

@@ -32,12 +32,13 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)
         x = x.astype(self.dtype)
-        if self.has_variable("params", "kernel_scale"):
-            y = _scaled(x, kernel, self.get_variable("params", "kernel_scale"))
+        if self.has_variable("params", "turned"):
+            y = turned_product(self.get_variable("params", "turned").astype(self.dtype), x)
         else:
-            y = x @ kernel.astype(self.dtype)
+            kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)
+            y = (_scaled(x, kernel, self.get_variable("params", "kernel_scale"))
+                 if self.has_variable("params", "kernel_scale") else x @ kernel.astype(self.dtype))
         if self.has_variable("adapter", "a"):
             a, b = (self.get_variable("adapter", name).astype(self.dtype) for name in "ab")
             y += (x.reshape(len(a), -1, x.shape[-1]) @ a @ b).reshape(y.shape)
@@ -45,6 +46,15 @@ class Linear(nn.Module):
             bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
             y += jnp.broadcast_to(bias.astype(self.dtype), y.shape)
         return y
+
+
+def turned_product(table: jax.Array, x: jax.Array) -> jax.Array:
+    """x @ table^T of few rows x [n, i] and a table [o, i], [n, o]. On a CPU the table stands on the left, which then
+    is up to twice as fast."""
+    def left(table, x):
+        return jax.lax.optimization_barrier(jnp.einsum("oi,ni->on", table, x)).T
+
+    return jax.lax.platform_dependent(table, x, cpu=left, default=lambda table, x: jnp.einsum("ni,oi->no", x, table))
 
 
 # Checkpointed, so that a gradient keeps int8 kernels for its backward pass and not a float copy of every layer's.

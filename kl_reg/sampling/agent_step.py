@@ -33,12 +33,11 @@ class AgentState(NamedTuple):
 
 class At(NamedTuple):
     """Where the next token of each episode stands, [b]: how many tokens the episode has before it, in which turn it is,
-    and whether the agent writes it; `spent`: what the ledger has recorded there, where it is not run again."""
+    and whether the agent writes it."""
 
     position: Int[Array, " b"]
     turn: Int[Array, " b"]
     agent: Bool[Array, " b"]
-    spent: Float[Array, " b"] | None = None
 
 
 class View(NamedTuple):
@@ -56,7 +55,8 @@ class Choice(NamedTuple):
 
     `logits` are the policy's, any normalisation; `log_ref` the reference's log-probabilities on the allowed tokens;
     `floor` its -log mass, nats. `allowance` is what the budget lets the token cost above the floor, nats, `fraction` of
-    `remaining`; `fraction_log_prob` is the fraction's log-probability where it was drawn, else 0.
+    `remaining`; `fraction_log_prob` is the fraction's log-probability where it was drawn, else 0. `strength`: how far
+    the proposal is followed, in [0, 1] (`kl.operations`), a constant.
     """
 
     logits: Float[Array, " v"]
@@ -66,34 +66,42 @@ class Choice(NamedTuple):
     fraction: Float[Array, ""]
     fraction_log_prob: Float[Array, ""]
     remaining: Float[Array, ""]
+    strength: Float[Array, ""]
 
 
-def look(program: Program, frozen: Frozen, agent: AgentState, at: At, ledger: budget.Ledger, features, seen,
-         read: Callable | None = None) -> View:
+def look(program: Program, frozen: Frozen, agent: AgentState, at: At, ledger: budget.Ledger, features, seen) -> View:
     """What the agent has before it at the next token of each episode of one member.
 
     Args:
         ledger: behind the agent's token before this one.
         features, seen: what policy and reference read, [b, ...].
-        read: (features, situation) -> Reading, instead of the policy's own.
     """
     ledger = budget.enter(ledger, jnp.where(at.agent, at.turn, ledger.turn))
-    if at.spent is not None:
-        ledger = ledger._replace(spent=at.spent, spent_rest=jnp.zeros_like(at.spent))
     remaining = budget.left(agent.caps, ledger, program.agent.carry)
     situation = Situation(remaining, budget.part_left(agent.caps, ledger, remaining),
                           at.position / program.task.env.length)
-    reading = (program.agent.policy.read(agent.params, frozen.base, features, situation) if read is None
+    return View(ledger, remaining, *observe(program, frozen, agent.params, agent.memory, situation, features, seen))
+
+
+def observe(program: Program, frozen: Frozen, params, memory, situation: Situation, features, seen,
+            read: Callable | None = None) -> tuple[Reading, Measure]:
+    """What policy and reference say of the next token of each row, before any budget.
+
+    Args:
+        features, seen: what policy and reference read, [b, ...].
+        read: (features, situation) -> Reading, instead of the policy's own.
+    """
+    reading = (program.agent.policy.read(params, frozen.base, features, situation) if read is None
                else read(features, situation))
-    measure = program.agent.reference.read(agent.memory, frozen, features, seen, situation, reading)
+    measure = program.agent.reference.read(memory, frozen, features, seen, situation, reading)
     # Gathered over the vocabulary once, and not summed over devices at every step of a tilt.
     whole = lambda x: constrain(x, EPISODES, None)  # noqa: E731
-    return View(ledger, remaining, reading,
-                measure._replace(log_probs=whole(measure.log_probs), gap=whole(measure.gap)))
+    return reading, measure._replace(log_probs=whole(measure.log_probs), gap=whole(measure.gap))
 
 
 def choose(program: Program, measure: Measure, allowed: UInt8[Array, " w"] | None, remaining: Float[Array, ""],
-           neuron: Float[Array, ""], drawn: Float[Array, ""], position: Int[Array, ""]) -> Choice:
+           neuron: Float[Array, ""], drawn: Float[Array, ""], position: Int[Array, ""],
+           start: Float[Array, ""] | float = 0.0) -> Choice:
     """The distribution of one row's next token. With a budget, the proposal is moved towards the reference until the
     token costs no more than a fraction of what remains above the floor.
 
@@ -103,6 +111,7 @@ def choose(program: Program, measure: Measure, allowed: UInt8[Array, " w"] | Non
         neuron: output of the budget neuron.
         drawn: of the agent's `Spend.draw`.
         position: tokens of the episode before this one, whoever wrote them.
+        start: a guess of the strength with which the budget follows the proposal; 0: none.
     """
     log_ref, gap = measure.log_probs, measure.gap
     if allowed is not None:
@@ -111,11 +120,10 @@ def choose(program: Program, measure: Measure, allowed: UInt8[Array, " w"] | Non
     fraction = program.agent.spend.fraction(neuron, drawn, jnp.maximum(program.task.env.length - position, 1))
     chance = program.agent.spend.log_prob(neuron, drawn)
     if not program.agent.constrained:
-        return Choice(log_ref + gap, log_ref, measure.floor, jnp.zeros(()), fraction, chance,
-                      remaining)
+        return Choice(log_ref + gap, log_ref, measure.floor, jnp.zeros(()), fraction, chance, remaining, jnp.ones(()))
     allowance = fraction * jnp.maximum(remaining - measure.floor, 0.0) + program.agent.target_floor
-    return Choice(program.agent.operation(log_ref, gap, allowance), log_ref, measure.floor, allowance, fraction,
-                  chance, remaining)
+    logits, strength = program.agent.operation(log_ref, gap, allowance, start)
+    return Choice(logits, log_ref, measure.floor, allowance, fraction, chance, remaining, strength)
 
 
 def settle(program: Program, choice: Choice, action: Int[Array, ""]) -> tuple[TokenTerms, Float[Array, ""]]:

@@ -35,6 +35,7 @@ class Step(NamedTuple):
     turn: Array
     token: Array
     fraction: Array
+    strength: Array
     allowed: Array | None
     terms: TokenTerms
     floor: Array
@@ -214,12 +215,12 @@ def step(program: Program, fixed: Fixed, carry: Carry, position: Int[Array, ""],
         asks = here.agent & (view.remaining < view.measure.floor)
         over, asked = over | asks, asked | asks
     role = jnp.where(over, PAD, role)
-    token, fraction, allowed, terms, cost = _twice(partial(_draw, program, position))(
+    token, fraction, strength, allowed, terms, cost = _twice(partial(_draw, program, position))(
         view._replace(measure=view.measure._replace(models=None)),
         program.agent.student.logits(frozen.student, hidden, view.reading), role, fixed.keys)
     given = role == FORCED if said is None else (role == FORCED) | (said >= 0)
     token = jnp.where(given, forced, jnp.where(over, 0, token))
-    out = Step(role, jnp.where(over, -1, carry.env.turn), token, fraction, allowed, terms, view.measure.floor,
+    out = Step(role, jnp.where(over, -1, carry.env.turn), token, fraction, strength, allowed, terms, view.measure.floor,
                view.reading.value, view.ledger.spent, features, seen)
     ledger = budget.charge(view.ledger, cost, role == AGENT)
     ref_state = reference.observe(ref_state, view.measure, token)
@@ -242,7 +243,7 @@ def _step_alone(program: Program, fixed, carry, position, features, state):
         return inverse_cdf(logits - logits.max(), jax.random.uniform(jax.random.fold_in(key, position)))
 
     token = jnp.where(role == FORCED, forced, jnp.where(over, 0, _twice(draw)(logits, fixed.keys)))
-    out = Step(role, jnp.where(over, -1, carry.env.turn), token, zero, None,
+    out = Step(role, jnp.where(over, -1, carry.env.turn), token, zero, zero + 1, None,
                TokenTerms(*[zero] * len(TokenTerms._fields)), zero, zero, zero, features, ())
     env_state = _twice(program.task.env.observe)(carry.env, token)
     return carry._replace(token=token, over=over, env=env_state, policy=state), out
@@ -265,7 +266,7 @@ def _draw(program: Program, position, view, student, role, key):
     choice = choose(program, measure, allowed, remaining, neuron, drawn, position)
     log_probs = jnp.where(agent, jax.nn.log_softmax(choice.logits), student_log_probs(program.agent.sampling, student))
     token = inverse_cdf(log_probs, jax.random.uniform(key))
-    return token, choice.fraction, allowed, *settle(program, choice, token)
+    return token, choice.fraction, choice.strength, allowed, *settle(program, choice, token)
 
 
 def _collect(program: Program, chosen, openings, steps, asked):
@@ -287,5 +288,6 @@ def _collect(program: Program, chosen, openings, steps, asked):
         allowed=jax.tree.map(take, steps.allowed),
         slot=jnp.where(mask, order + openings.tokens.shape[-1], 0), action=jnp.where(mask, take(steps.token), 0),
         fraction=zero(steps.fraction), mask=mask, **terms._asdict(), estimate=jnp.where(mask, estimate, 0.0),
-        floor=floor, value=zero(steps.value), spent_before=zero(steps.spent_before), asked=asked,
+        floor=floor, value=zero(steps.value), spent_before=zero(steps.spent_before), strength=zero(steps.strength),
+        asked=asked,
         judged=jnp.ones_like(asked))

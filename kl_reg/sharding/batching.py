@@ -50,6 +50,19 @@ def _mapped(at: Callable, axis: int) -> Callable:
     return function
 
 
+@jax.custom_batching.custom_vmap
+def largest(count: Int[Array, ""]) -> Int[Array, ""]:
+    """The largest of the counts of all that is mapped, one number: what depends on it alone is done or left out for all
+    of them together, where a `cond` on each one's own would do both."""
+    return count
+
+
+@largest.def_vmap
+def _largest_of_all(size, batched, count):
+    del size
+    return largest(count.max() if batched[0] else count), False
+
+
 def over_members(function: Callable, axes: Sequence[int | None] | None = None) -> Callable:
     """`jax.vmap(function, axes)` without keywords, `axes` of 0 and None. One member alone on one device has no
     dimension of its own inside: with it some of XLA's reductions take ten times as long on a CPU. Over several devices

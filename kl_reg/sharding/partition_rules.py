@@ -39,8 +39,8 @@ HEAD: tuple[Rule, ...] = (
     (r"(^|/)actor/table$", ("tensor", None)),
     (r"(^|/)(actor|scalars)/", ()),
 )
-"""Of the actor, the value head and the budget neuron. A linear actor is as large as several unembeddings, and is divided
-as one; what the optimizer keeps of it over "expert", too (as MOMENTS)."""
+"""Of the actor, the value head and the budget neuron. A linear actor is as large as several unembeddings, and is
+divided as one; what the optimizer keeps of it over "expert", too (as MOMENTS)."""
 
 MOMENTS: tuple[Rule, ...] = tuple(
     (r"^opt_state/.*" + pattern, tuple(("fsdp", "expert") if axis == "fsdp" else axis for axis in axes))

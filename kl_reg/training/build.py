@@ -97,8 +97,9 @@ def _agent(config: ConfigDict, model, start, constrained) -> Agent:
     writes = student.other(weights.load_config(other, config.model.dtype)) if other else student.base()
     spend, hard = SPENDS[kl.spend](config.policy.spend_levels), kl.ledger == "exact"
     spend = spend if hard else spend._replace(charge=sampled_log_ratio)
+    rerun = hard and not SPENDS.facts(kl.spend)["drawn"]
     return Agent(policy, references.build(config.reference, policy, drawn, start), writes, drawn, constrained,
-                 OPERATIONS[kl.operation], spend, kl.carry, hard, kl.target_floor)
+                 OPERATIONS[kl.operation], spend, kl.carry, rerun, kl.target_floor)
 
 
 def _algorithm(config: ConfigDict, kl: estimators.KLConfig, loss, agent, first) -> Algorithm:

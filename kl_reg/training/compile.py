@@ -146,10 +146,9 @@ def _functions(program: Program) -> Compiled:
     def update(state: TrainState, hyper: Hyper, frozen: Frozen, episodes: Episodes, rewards):
         known = not program.execution.update_records
         episodes = complete(state.params, frozen, episodes, program.algorithm.group, known)
-        longest = episodes.mask.sum(-1).max()
         one = partial(step.update, program, members=len(state.seed))
-        state, *said, episodes = over_members(one, (0, 0, None, 0, 0, None))(
-            state, hyper, frozen, episodes, rewards, longest)
+        state, *said, episodes = over_members(one, (0, 0, None, 0, 0))(
+            state, hyper, frozen, episodes, rewards)
         return constraints.constrain_state(state), *said, episodes._replace(features=(), reference=(), allowed=None)
 
     return Compiled(init, draw, sample, update)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from kl_reg.algorithms.value import squared_error
 from kl_reg.kl.exact import TokenTerms
@@ -94,12 +94,11 @@ def mean(x: Float[Array, "b k"], mask: Bool[Array, "b k"]) -> WeightedMetric:
 
 
 def objective(program: Program, params, memory, frozen: Frozen, episodes: Episodes, targets: Targets, hyper: Hyper,
-              longest: Int[Array, ""], weights: Weights, cost: Cost) -> tuple[Float[Array, ""], tuple[dict, Scores]]:
+              weights: Weights, cost: Cost) -> tuple[Float[Array, ""], tuple[dict, Scores]]:
     """What a part of a minibatch of one member adds to its loss, reduced as the algorithm does; what went into it, and
     what its tokens are.
 
     Args:
-        longest: agent tokens of the longest stream in the batch.
         weights: of the whole minibatch.
     """
     mask, length = episodes.learned, program.task.env.length
@@ -111,9 +110,9 @@ def objective(program: Program, params, memory, frozen: Frozen, episodes: Episod
     if fused:
         weight = jax.grad(reduce)(jnp.zeros(mask.shape))
         total, scores = loss_at_once(program, params, frozen, episodes, partial(token_loss, program), (weight, given),
-                                     hyper, longest, cost)
+                                     hyper, cost)
     else:
-        scores = score(program, params, memory, frozen, episodes, caps_of(hyper), longest, cost)
+        scores = score(program, params, memory, frozen, episodes, caps_of(hyper), cost)
     terms = jax.tree.map(lambda x: jnp.where(mask, x, 0.0), scores.terms)
     parts = jax.vmap(partial(parts_of, program), (0, 0, 0, None))(terms, given, mask, hyper)
     if not fused:
@@ -126,16 +125,18 @@ def objective(program: Program, params, memory, frozen: Frozen, episodes: Episod
     if scores.miss is not None:
         logged["loss/budget_miss"] = reduce(jnp.where(mask, scores.miss, 0.0))
         total += hyper.kl_miss_coef * logged["loss/budget_miss"]
+    if scores.passes is not None:
+        logged["kl/ledger_passes"] = average(scores.passes)
     return total + hyper.value_coef * value, (logged, scores)
 
 
 def gradient(program: Program, params, memory, frozen: Frozen, episodes: Episodes, targets: Targets, hyper: Hyper,
-             longest: Int[Array, ""], cost: Cost) -> tuple[object, dict, Scores]:
+             cost: Cost) -> tuple[object, dict, Scores]:
     """The gradient of one minibatch, added up over the schedule's parts; what went into its loss, and what its tokens
     are."""
     weights, parts = weights_of(program, episodes), program.schedule.accumulate
     own = jax.grad(lambda params, part, targets: objective(
-        program, params, memory, frozen, part, targets, hyper, longest, weights, cost), has_aux=True)
+        program, params, memory, frozen, part, targets, hyper, weights, cost), has_aux=True)
     if parts == 1:
         grads, (logged, scores) = own(params, episodes, targets)
         return *constraints.total((grads, logged), program.execution.axis), scores

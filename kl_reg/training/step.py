@@ -32,13 +32,12 @@ class Extreme(NamedTuple):
 
 
 def update(program: Program, state: TrainState, hyper: Hyper, frozen: Frozen, episodes: Episodes,
-           rewards: Float[Array, "b k"], longest: Int[Array, ""], members: int = 1
+           rewards: Float[Array, "b k"], members: int = 1
            ) -> tuple[TrainState, dict, Extreme, Episodes]:
     """All epochs over one batch of one member. Callers vmap over members.
 
     Args:
         rewards: of each agent token, reward units; a reply's reward stands at the last agent token before its end.
-        longest: agent tokens of the longest stream in all members' batches.
         members: how many are updated at a time.
 
     Returns:
@@ -53,7 +52,7 @@ def update(program: Program, state: TrainState, hyper: Hyper, frozen: Frozen, ep
     def minibatch(carry, index):
         params, opt_state, stopped = carry
         part, own = constraints.constrain(jax.tree.map(lambda x: x[index], pool), EPISODES) if several else pool
-        grads, metrics, scores = gradient(program, params, state.reference, frozen, part, own, hyper, longest, cost)
+        grads, metrics, scores = gradient(program, params, state.reference, frozen, part, own, hyper, cost)
         metrics["optim/grad_norm"] = safe_norm(grads)
         stopped |= metrics["policy/approxkl_avg"] > hyper.stop_kl
         metrics["policy/stopped_avg"] = stopped.astype(jnp.float32)

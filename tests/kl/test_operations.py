@@ -26,7 +26,7 @@ def moved(name, gap, allowance, log_base):
     """The logits, of a vocabulary that is padded with impossible tokens so that all compile once."""
     pad = (0, VOCAB - len(gap))
     log_base = np.pad(log_base, pad, constant_values=-np.inf)
-    return np.asarray(apply[name](log_base, np.pad(gap, pad), np.float32(allowance)))[:len(gap)]
+    return np.asarray(apply[name](log_base, np.pad(gap, pad), np.float32(allowance)).logits)[:len(gap)]
 
 
 def check(gap, allowance, log_base, tight=True):
@@ -96,8 +96,9 @@ def test_values_and_derivatives_are_those_of_the_root(allowance, seed):
     expected = mixture_of(wide, allowance, base)
     assert kl_of_logits(log_softmax(base + wide), base) > 1.1 * allowance
     gap, log_base = jnp.asarray(gap), jnp.asarray(log_base)
-    np.testing.assert_allclose(jax.nn.log_softmax(mixed(log_base, gap, jnp.float32(allowance))), expected, atol=2e-4)
-    objective = lambda gap, nats: (jax.nn.log_softmax(mixed(log_base, gap, nats)) * weights).sum()  # noqa: E731
+    got = jax.nn.log_softmax(mixed(log_base, gap, jnp.float32(allowance)).logits)
+    np.testing.assert_allclose(got, expected, atol=2e-4)
+    objective = lambda gap, nats: (jax.nn.log_softmax(mixed(log_base, gap, nats).logits) * weights).sum()  # noqa: E731
     by_gap, by_allowance = jax.grad(objective, (0, 1))(gap, jnp.float32(allowance))
     there = lambda gap, nats: mixture_of(gap, nats, base) @ weights  # noqa: E731
     eye, tiny = 1e-5 * np.eye(8), 1e-6 * allowance
@@ -113,9 +114,9 @@ def test_without_a_limit_that_binds_it_is_the_proposal_and_with_none_left_the_ba
     """Nothing then depends on the allowance; without any, nothing on the proposal either."""
     gap, log_base = map(jnp.asarray, language_model_like(0, 8))
     expected = log_base if allowance == 0 else log_softmax(log_base + gap)
-    got = jax.nn.log_softmax(OPERATIONS[name](log_base, gap, jnp.float32(allowance)))
+    got = jax.nn.log_softmax(OPERATIONS[name](log_base, gap, jnp.float32(allowance)).logits)
     np.testing.assert_allclose(got, expected, atol=1e-5)
-    total = lambda gap, nats: (OPERATIONS[name](log_base, gap, nats) * jnp.arange(8.0)).sum()  # noqa: E731
+    total = lambda gap, nats: (OPERATIONS[name](log_base, gap, nats).logits * jnp.arange(8.0)).sum()  # noqa: E731
     by_gap, by_allowance = jax.grad(total, (0, 1))(gap, jnp.float32(allowance))
     assert by_allowance == 0 and np.isfinite(by_gap).all() and np.any(by_gap) == (allowance > 0)
 
@@ -144,7 +145,7 @@ def test_a_ledger_of_log_ratios_is_not_hard(name, nats, floor, expected):
     """A uniform binary base and everything spent at once on one of its tokens, 8 tokens long: the expected KL of an
     episode, enumerated over its paths, against a recursion in float64 that was done apart."""
     spend = SPENDS["greedy"](1)._replace(charge=sampled_log_ratio)
-    program = by_hand(constrained=True, operation=OPERATIONS[name], spend=spend, hard=False, target_floor=floor)
+    program = by_hand(constrained=True, operation=OPERATIONS[name], spend=spend, rerun=False, target_floor=floor)
     log_base, gap = jnp.log(jnp.array([0.5, 0.5])), jnp.array([0.0, -jnp.inf])
 
     @jax.jit
@@ -179,5 +180,5 @@ def gains(log_base, reward, allowance):
     at = lambda k: np.exp(log_softmax(log_base + k * reward))  # noqa: E731
     best = at(brentq(lambda k: rel_entr(at(k), np.exp(log_base)).sum() - allowance, 0, 200))
     given = jnp.float32(log_base), jnp.float32(8 * reward), jnp.float32(allowance)
-    got = [np.exp(log_softmax(np.float64(apply[name](*given)))) for name in ("tilt", "mixture")]
+    got = [np.exp(log_softmax(np.float64(apply[name](*given).logits))) for name in ("tilt", "mixture")]
     return [(policy - np.exp(log_base)) @ reward / ((best - np.exp(log_base)) @ reward) for policy in got]

@@ -39,7 +39,7 @@ class Setup:
         self.hyper = jax.tree.map(lambda x: jnp.broadcast_to(x, (MEMBERS,)), hyper)
         self.frozen = Frozen(self.model.params)
         self.params = self.compiled.init(self.model.params, jnp.arange(MEMBERS), self.hyper).params
-        self._score = jax.jit(jax.vmap(partial(scoring.score, self.program), in_axes=(0, None, None, 0, 0, None)))
+        self._score = jax.jit(jax.vmap(partial(scoring.score, self.program), in_axes=(0, None, None, 0, 0)))
 
     def moved(self):
         """Parameters as training might leave them: all of them, zeros included, moved at random."""
@@ -51,7 +51,7 @@ class Setup:
         return self.compiled.sample(params, (), self.hyper, self.frozen, keys, jnp.zeros(MEMBERS, jnp.int32))
 
     def score(self, params, episodes):
-        return self._score(params, (), self.frozen, episodes, scoring.caps_of(self.hyper), episodes.mask.sum(-1).max())
+        return self._score(params, (), self.frozen, episodes, scoring.caps_of(self.hyper))
 
 
 @pytest.fixture(scope="module")
@@ -162,8 +162,8 @@ def test_the_value_loss_moves_the_value_head_alone(setups, kind, spend):
     @jax.jit
     def gradient(params):
         def loss(params):
-            value = scoring.score(changed(own.program, spend=SPENDS[spend](16)), params, (), own.frozen, episodes, caps,
-                                  episodes.mask.sum(-1).max()).value
+            program = changed(own.program, spend=SPENDS[spend](16))
+            value = scoring.score(program, params, (), own.frozen, episodes, caps).value
             return jnp.where(episodes.mask, (value - 1.0) ** 2, 0.0).sum()
 
         return jax.grad(loss)(params)

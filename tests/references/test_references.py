@@ -47,9 +47,8 @@ class Case(NamedTuple):
                                jnp.zeros(MEMBERS, jnp.int32))
 
     def score(self):
-        score = jax.jit(jax.vmap(functools.partial(scoring.score, self.program), in_axes=(0, 0, None, 0, 0, None)))
-        return score(self.params, self.state.reference, self.frozen, self.episodes, scoring.caps_of(self.hyper),
-                     self.episodes.mask.sum(-1).max())
+        score = jax.jit(jax.vmap(functools.partial(scoring.score, self.program), in_axes=(0, 0, None, 0, 0)))
+        return score(self.params, self.state.reference, self.frozen, self.episodes, scoring.caps_of(self.hyper))
 
 
 @pytest.fixture(scope="module")

@@ -149,7 +149,7 @@ def case(tiny_folder):
         pair = compile_program(changed(program, episodes=2))
 
         def score(params, episodes, hyper):
-            return scoring.score(program, params, (), frozen, episodes, scoring.caps_of(hyper), jnp.int32(24))
+            return scoring.score(program, params, (), frozen, episodes, scoring.caps_of(hyper))
 
         return Case(program, model.config, compiled, pair, model.params, frozen, state.params, params, hyper,
                     jax.jit(jax.vmap(score)), keys, episodes)

@@ -141,6 +141,8 @@ def assert_same_updates(got, expected, tolerance=1e-5):
     """To `tolerance` times an array's largest entry; metrics, some of which are differences, to 1e-5."""
     for one, other in zip(got, expected, strict=True):
         for name, value in other.metrics.items():
+            if name == "kl/ledger_passes":      # a device stops when its own episodes' ledgers stand still
+                continue
             np.testing.assert_allclose(one.metrics[name], value, rtol=1e-5, atol=1e-5, err_msg=name)
         for part in ("gradient", "params"):
             pairs = zip(jax.tree_util.tree_leaves_with_path(getattr(other, part)),

@@ -76,7 +76,7 @@ def difference(function, params, size=1e-5):
 
 def score(prog, params, base, budget, episodes=None):
     episodes = all_episodes() if episodes is None else episodes
-    return scoring.score(prog, params, (), Frozen(single(base)), episodes, scoring.caps_of(hyper(budget)), jnp.int32(3))
+    return scoring.score(prog, params, (), Frozen(single(base)), episodes, scoring.caps_of(hyper(budget)))
 
 
 def estimate(params, base, rewards, budget, constrained=True, operation="tilt", looks=0.0):
@@ -199,7 +199,7 @@ def test_penalty_and_budget_together(estimator, placement, constrained, budget):
         def sequence(*row):
             episode, target = jax.tree.map(lambda x: x[None], row)
             weights = objective.weights_of(prog, episode)
-            return objective.objective(prog, params, (), Frozen(single(base)), episode, target, settings, jnp.int32(3),
+            return objective.objective(prog, params, (), Frozen(single(base)), episode, target, settings,
                                        weights, scoring.PLAIN)[0]
 
         return 3 * (jnp.float32(exact.weight()) * jax.vmap(sequence)(episodes, aims)).sum()
@@ -219,8 +219,7 @@ def test_a_cap_on_each_token_that_carries_over(seed):
 
     @jax.jit
     def surrogate(params):
-        scores = scoring.score(program(True, carry=True), params, (), Frozen(single(base)), all_episodes(), caps,
-                            jnp.int32(3))
+        scores = scoring.score(program(True, carry=True), params, (), Frozen(single(base)), all_episodes(), caps)
         return (weight[:, None] * to_go * scores.terms.log_prob).sum()
 
     grads = jax.grad(surrogate)(single(params))
@@ -292,9 +291,14 @@ def test_a_recorded_ledger_is_neither_run_again_nor_differentiated():
     token by itself."""
     params, base, rewards = tables(0)
     spend = SPENDS["neuron"](1)._replace(charge=sampled_log_ratio)
-    prog = program(True, spend=spend, hard=False)
-    recorded = np.random.default_rng(0).uniform(-0.4, 1.2, (27, 3))         # nats spent, some of them given back
-    episodes = all_episodes()._replace(spent_before=jnp.float32(recorded))
+    prog = program(True, spend=spend, rerun=False)
+    log_ratio = np.random.default_rng(0).uniform(-0.4, 0.9, (27, 3))
+    first = np.zeros(27)                                                # nothing is spent
+    second = np.minimum(log_ratio[:, 0], 1)                             # nats spent, some of them given back
+    third = np.minimum(second + log_ratio[:, 1], 1)                     # and some of what exceeds the budget forgiven
+    recorded = np.stack([first, second, third], axis=1)
+    assert (recorded < 0).any() and (recorded == 1).any()
+    episodes = all_episodes()._replace(log_ratio=jnp.float32(log_ratio))
     rng = np.random.default_rng(1)
     weights = rng.normal(size=(27, 3))
 

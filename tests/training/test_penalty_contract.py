@@ -216,7 +216,7 @@ class Code:
 
         @jax.jit
         def score(params):
-            return jax.vjp(lambda p: scoring.score(prog, p, (), frozen, episodes, caps, jnp.int32(3)), params)
+            return jax.vjp(lambda p: scoring.score(prog, p, (), frozen, episodes, caps), params)
 
         self.scores, back = score(single(around.params))
         self.back = partial(jax.jit(lambda back, by_scores: back(by_scores)[0]), back)
@@ -238,7 +238,7 @@ class Code:
         prog, hyper = self.program(kl), self.settings
         aims = targets(prog, self.episodes, jnp.zeros(self.episodes.mask.shape), hyper.kl_coef, hyper)
         loss = lambda scores: objective.objective(  # noqa: E731
-            prog, scores, (), Frozen(()), self.episodes, aims, hyper, jnp.int32(3), objective.Weights(
+            prog, scores, (), Frozen(()), self.episodes, aims, hyper, objective.Weights(
                 jnp.float32(1), jnp.float32(1)), scoring.PLAIN)[0]
         grads = self.back(jax.grad(loss)(self.scores))
         return np.append(grads["logits"], grads["neuron"]) / COEF

@@ -110,8 +110,7 @@ def gradient(program, group, episodes=None, rewards=None, k=1, limit=1e9):
     rewards = one(group.rewards, k) if rewards is None else rewards
     program = descending(program, SUM, limit)
     new, *_ = jax.jit(partial(step.update, program))(
-        one(fresh(group, program), k), one(group.hyper, k), group.frozen, episodes, rewards,
-        episodes.mask.sum(-1).max())
+        one(fresh(group, program), k), one(group.hyper, k), group.frozen, episodes, rewards)
     return new.opt_state[1]         # that of the second transformation in the chain
 
 
@@ -153,10 +152,10 @@ def test_each_hyper_parameter_reaches_its_member(group):
     state = fresh(group, program)._replace(params=same.params)
     values = {"kl_coef": 2.0, "learning_rate": 0.5, "clip": 0.01, "entropy_coef": 0.5, "value_coef": 5.0,
                "discount": 0.5, "gae_lambda": 0.2}
-    update = jax.jit(jax.vmap(partial(step.update, program), in_axes=(0, 0, None, 0, 0, None)))
+    update = jax.jit(jax.vmap(partial(step.update, program), in_axes=(0, 0, None, 0, 0)))
     for name, value in values.items():
         hyper = same.hyper._replace(**{name: getattr(same.hyper, name).at[1].set(value)})
-        params = update(state, hyper, group.frozen, episodes, same.rewards, jnp.int32(12))[0].params
+        params = update(state, hyper, group.frozen, episodes, same.rewards)[0].params
         np.testing.assert_allclose(vector(one(params, 0)), vector(one(params, 2)), rtol=1e-6)
         assert np.abs(vector(one(params, 0)) - vector(one(params, 1))).max() > 1e-4, name
 
@@ -165,11 +164,11 @@ def test_the_value_head_may_have_a_learning_rate_of_its_own(group):
     """Plain descent along gradients g: everything by -0.1 g, but the value head by -0.4 g."""
     program = descending(group.program, learning_rate=optax.constant_schedule(1.0))
     state = fresh(group, program)
-    update = jax.jit(jax.vmap(partial(step.update, program), in_axes=(0, 0, None, 0, 0, None)))
+    update = jax.jit(jax.vmap(partial(step.update, program), in_axes=(0, 0, None, 0, 0)))
 
     def change(**rates):
         rates = {name: jnp.full(3, value) for name, value in rates.items()}
-        new = update(state, group.hyper._replace(**rates), group.frozen, group.episodes, group.rewards, jnp.int32(12))
+        new = update(state, group.hyper._replace(**rates), group.frozen, group.episodes, group.rewards)
         return jax.tree.map(jnp.subtract, new[0].params, group.params)
 
     usual = change(learning_rate=0.1)
@@ -230,8 +229,7 @@ def test_where_nothing_was_judged_nothing_moves(group):
     state = TrainState(params, memory, jnp.int32(0), jnp.int32(3), program.algorithm.controller.init(hyper))
     update = jax.jit(partial(step.update, program))
     for judged in (jnp.zeros(6, bool), jnp.ones(6, bool)):
-        new, metrics, *_ = update(state, hyper, group.frozen, episodes._replace(judged=judged), one(group.rewards),
-                                  jnp.int32(12))
+        new, metrics, *_ = update(state, hyper, group.frozen, episodes._replace(judged=judged), one(group.rewards))
         same = [bool((x == y).all()) for x, y in zip(jax.tree.leaves((new.params, new.opt_state, new.controller)),
                                                      jax.tree.leaves((params, memory, state.controller)), strict=True)]
         assert not any(same) if judged.any() else all(same)
@@ -293,7 +291,7 @@ def whole_objective(program, params, frozen, episodes, aims, hyper):
     @jax.jit
     def whole(*args):
         weights = objective.weights_of(program, episodes)
-        return objective.objective(program, params, (), frozen, *args, jnp.int32(12), weights, scoring.PLAIN)
+        return objective.objective(program, params, (), frozen, *args, weights, scoring.PLAIN)
 
     return whole(episodes, aims, hyper)
 
@@ -344,7 +342,7 @@ def test_an_iteration_ends_early_at_a_distance_from_the_sampling_policy(group, l
     def update(epochs):
         program = changed(descending(group.program), epochs=epochs)
         return jax.jit(partial(step.update, program))(
-            one(fresh(group, program)), hyper, group.frozen, one(group.episodes), one(group.rewards), jnp.int32(12))
+            one(fresh(group, program)), hyper, group.frozen, one(group.episodes), one(group.rewards))
 
     stopped, expected = update(3), update(same_as)
     moved = [jax.tree.map(jnp.subtract, state.params, one(group.params)) for state in (stopped[0], expected[0])]
@@ -374,7 +372,7 @@ def test_reinforce_is_the_score_weighted_with_the_return_to_go(group):
 
     @jax.jit
     def weighted(params):
-        scores = scoring.score(program, params, (), group.frozen, episodes, scoring.caps_of(hyper), jnp.int32(12))
+        scores = scoring.score(program, params, (), group.frozen, episodes, scoring.caps_of(hyper))
         return -(to_go * scores.terms.log_prob).sum() / mask.sum()
 
     expected = jax.grad(weighted)(one(group.params, 0))
@@ -386,8 +384,7 @@ def test_update_moves_against_the_gradient_at_the_scheduled_rate(group, usual):
     """One epoch of plain gradient descent; iteration 0 of a warm-up of three."""
     program = descending(group.program)
     state, metrics, *_ = jax.jit(partial(step.update, program))(
-        one(fresh(group, program)), one(group.hyper), group.frozen, one(group.episodes), one(group.rewards),
-        jnp.int32(12))
+        one(fresh(group, program)), one(group.hyper), group.frozen, one(group.episodes), one(group.rewards))
     np.testing.assert_allclose(metrics["optim/learning_rate"], 0.03 / 3, rtol=1e-6)
     expected = jax.tree.map(lambda g: -0.01 * g, usual)
     assert_close(jax.tree.map(jnp.subtract, state.params, one(group.params)), expected, 1e-3)
@@ -425,14 +422,15 @@ def test_gradients_are_clipped_to_the_norm(group, usual):
 
 
 def test_nothing_is_kept_of_the_unembedding_for_each_position(group):
-    """What the scan over positions closes over is no residual of it: of a real vocabulary that would be gigabytes."""
-    program = descending(group.program)
+    """What the map over tokens closes over is no residual of it: of a real vocabulary that would be gigabytes."""
+    members, parts, table = 3, 9, group.frozen.base["embed"].shape
+    program = changed(descending(group.program), chunk=4 * members * 8 * table[0])      # 8 tokens a part
     update = compile_program(program).update
     jaxpr = jax.make_jaxpr(update)(fresh(group, program), group.hyper, group.frozen, group.episodes, group.rewards)
-    kept = (group.rewards.shape[-1], *group.frozen.base["embed"].shape)
     shapes = {var.aval.shape for inner in every_jaxpr(jaxpr.jaxpr) for eqn in inner.eqns for var in eqn.outvars}
-    assert kept[1:] in {x.shape for x in jax.tree.leaves(group.frozen)} and (3, 6, 300) in shapes
-    assert kept not in shapes
+    assert table in {x.shape for x in jax.tree.leaves(group.frozen)} and (members, parts, 8, table[0]) not in shapes
+    assert (members, 8, table[0]) in shapes and any(parts in shape for shape in shapes)
+    assert not any(shape[-2:] == table and parts in shape[:-2] for shape in shapes)
 
 
 def every_jaxpr(jaxpr):
@@ -453,7 +451,7 @@ def test_a_piece_that_returns_another_shape_is_one_error(group, changes, says):
     update = partial(step.update, changed(group.program, **changes))
     with pytest.raises(ValueError, match=says):
         jax.eval_shape(update, one(fresh(group, group.program)), one(group.hyper), group.frozen, one(group.episodes),
-                       one(group.rewards), jnp.int32(12))
+                       one(group.rewards))
 
 
 def test_the_policy_may_have_a_gradient_limit_of_its_own(group, usual):
