@@ -22,7 +22,6 @@ from jaxtyping import Array, Float
 
 from kl_reg.kl.exact import divergence, normalise
 from kl_reg.registry import Registry
-from kl_reg.sharding.batching import largest
 
 OPERATIONS = Registry("kl.operation")
 """Functions (log_base [v], gap [v], allowance [], start []) -> `Moved`, whose softmax has D <= allowance (1 + 1e-5).
@@ -108,17 +107,9 @@ def _tilt_jvp(primals, tangents):
 
 
 def _tilt_strength(gap, allowance, log_base, start):
-    """(alpha, whether the allowance binds). While no feasible alpha is known, the bracket starts at D <= alpha
-    max(g - E_beta g), so that gaps of 1e15 take few steps as well."""
+    """(alpha, whether the allowance binds)."""
     base = jnp.exp(log_base)
-
-    def cold():
-        centred = gap - (base * gap).sum()
-        most = jnp.where(log_base > -jnp.inf, centred, 0.0).max()
-        return (jnp.sqrt(2 * allowance / jnp.maximum((base * centred**2).sum(), 1e-30)),
-                allowance / jnp.maximum(most, 1e-30))
-
-    return _solve(lambda alpha: _tilt_cost(gap, alpha, log_base, base), allowance, start, cold)
+    return _solve(lambda alpha: _tilt_cost(gap, alpha, log_base, base), allowance, start)
 
 
 def _tilt_cost(gap, alpha, log_base, base):
@@ -164,16 +155,9 @@ def _mix_jvp(primals, tangents):
 
 
 def _mix_strength(ratio, allowance, log_base, start):
-    """(alpha, whether the allowance binds). D is convex, so alpha = allowance / D(1) is surely feasible."""
+    """(alpha, whether the allowance binds)."""
     base, proposal = jnp.exp(log_base), jnp.exp(jnp.minimum(log_base + ratio, 0.0))
-    cost = lambda alpha: _mix_cost(ratio, alpha, log_base, base, proposal)  # noqa: E731
-
-    def cold():
-        apart = jnp.where(base > 0, (proposal - base) ** 2 / jnp.maximum(base, 1e-37), 0.0).sum()   # 2 D / alpha^2
-        return (jnp.sqrt(2 * allowance / jnp.maximum(apart, 1e-30)),
-                allowance / jnp.maximum(cost(jnp.float32(1.0))[0], 1e-30))
-
-    return _solve(cost, allowance, start, cold)
+    return _solve(lambda alpha: _mix_cost(ratio, alpha, log_base, base, proposal), allowance, start)
 
 
 def _mix_cost(ratio, alpha, log_base, base, proposal):
@@ -205,50 +189,36 @@ def _rate(binds, slope, change):
     return jnp.where(safe, change / jnp.where(safe, slope, 1.0), 0.0)
 
 
-def _solve(cost: Callable, allowance, start, cold: Callable):
+def _solve(cost: Callable, allowance, start):
     """(alpha, whether the allowance binds). The guess `start` is tried first, and where there is none the proposal
     itself; where that does not settle it, Newton on sqrt(D), which is nearly linear in alpha, inside a bracket. A step
-    that leaves the bracket goes to its geometric middle instead.
+    that leaves the bracket goes to its geometric middle instead; while no feasible alpha is known its lower end falls
+    faster and faster, so that gaps of 1e15 take few steps as well.
 
     Args:
         cost: alpha -> (D with the worst rounding of the logits added, its derivative by log alpha).
-        cold: () -> (where Newton starts without a guess, an alpha whose D is within the allowance).
     """
-    aim, guessed = allowance * (1 - _CLOSE / 4), (start > 0) & (start < 1)
+    aim = allowance * (1 - _CLOSE / 4)
 
-    def tried(low, high, at_low, alpha):
-        """The bracket behind a try, and where Newton goes from there."""
+    def unfinished(state):
+        low, high, _, at_low, count = state
+        apart = (at_low < allowance * (1 - _CLOSE)) & (low < high * (1 - _RESOLVED))
+        return (count == 0) | (low < 1) & (allowance > _LEAST) & apart & (count < _EVALUATIONS)
+
+    def step(state):
+        low, high, alpha, at_low, count = state
         divergence, rise = cost(alpha)
         feasible, root = divergence <= allowance, jnp.sqrt(divergence)
+        low, at_low = jnp.where(feasible, alpha, low), jnp.where(feasible, divergence, at_low)
+        high = jnp.where(feasible, high, alpha)
         newton = alpha * (1 - (root - jnp.sqrt(aim)) * 2 * root / jnp.maximum(rise, 1e-30))
-        return (jnp.where(feasible, alpha, low), jnp.where(feasible, high, alpha),
-                jnp.where(feasible, divergence, at_low), newton)
+        newton = jnp.where(alpha < 1, newton, jnp.sqrt(aim) / jnp.maximum(root, 1e-30))     # from the proposal: a line
+        known, top = high <= 1, jnp.minimum(high, 1.0)
+        bottom = jnp.where(low > 0, low, top * 16.0 ** -(count + 1.0))
+        inside = (newton > low) & ((newton < high) | ~known)
+        alpha = jnp.where(inside, jnp.minimum(newton, 1.0), jnp.sqrt(bottom) * jnp.sqrt(top))
+        return low, high, alpha, at_low, count + 1
 
-    def open_(low, high, at_low):
-        apart = (at_low < allowance * (1 - _CLOSE)) & (low < high * (1 - _RESOLVED))
-        return (low < 1) & (allowance > _LEAST) & apart
-
-    def search(low, high, at_low, newton):
-        first, surely = cold()
-        first, surely = jnp.minimum(first, 1.0), jnp.minimum(surely, 1.0)
-
-        def inside(low, high, newton):
-            """Newton's alpha, the bracket's middle, or 1 where nothing is known to be too much."""
-            known = high <= 1
-            bottom, top = jnp.where(low > 0, low, jnp.minimum(surely, high) / 16), jnp.minimum(high, 1.0)
-            good = (newton > low) & ((newton < high) | ~known)
-            return jnp.where(good, jnp.minimum(newton, 1.0), jnp.sqrt(bottom) * jnp.sqrt(top))
-
-        def step(state):
-            low, high, at_low, alpha, count = state
-            low, high, at_low, newton = tried(low, high, at_low, alpha)
-            return low, high, at_low, inside(low, high, newton), count + 1
-
-        state = low, high, at_low, jnp.where(guessed, inside(low, high, newton), first), 0
-        return jax.lax.while_loop(lambda state: open_(*state[:3]) & (state[4] < _EVALUATIONS), step, state)[0]
-
-    zero = jnp.zeros_like(allowance)
-    low, high, at_low, newton = tried(zero, zero + 2, zero, jnp.where(guessed, start, 1.0))
-    more = open_(low, high, at_low)
-    alpha = jax.lax.cond(largest(more.astype(jnp.int32)) > 0, search, lambda low, *_: low, low, high, at_low, newton)
+    zero, guess = jnp.zeros_like(allowance), jnp.where((start > 0) & (start < 1), start, 1.0)
+    alpha, *_ = jax.lax.while_loop(unfinished, step, (zero, zero + 2, guess, zero, 0))
     return alpha, (alpha > 0) & (alpha < 1)

@@ -18,10 +18,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from kl_reg.models.block import REMATS, Block, DecoderConfig
-from kl_reg.models.layers import Norm, Source, Stored, attend, attend_fused, rotate, store
+from kl_reg.models.layers import Norm, Source, Stored, attend, attend_fused, rotate, store, turned_product
 from kl_reg.sharding.batching import write
 from kl_reg.sharding.constraints import constrain, spread
 from kl_reg.sharding.mesh import ROWS
+
+_FEW = 64       # rows of a product that are few (`layers.turned_product`)
 
 
 class Hidden(NamedTuple):
@@ -52,6 +54,8 @@ def unembedding(params: dict) -> Float[Array, "v d"]:
 
 def unembed(table: Float[Array, "v d"], hidden: Float[Array, "... d"]) -> Float[Array, "... v"]:
     """The linear part of the logits, float32."""
+    if hidden.ndim == 2 and len(hidden) <= _FEW:
+        return turned_product(table, hidden, jnp.float32, "highest")
     return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32,
                       precision="highest")      # float32 stays float32 where the hardware has a coarser default
 
