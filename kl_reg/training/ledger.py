@@ -12,8 +12,9 @@ else of the ledger is a scan of scalars, x = scan(c). So
    each token the weights of its terms and of its charge. With them the derivative by theta at fixed x is that of tokens
    that know nothing of each other, all at once again (`_attached`).
 
-Where the charge depends on recorded actions alone (`kl.spend="sampled"`), or is taken as recorded (`kl.ledger=
-"log_ratio"`), and without a budget, x is known and one pass is all.
+On a CPU and with a small vocabulary one position after the other is faster than these passes, and is what is done
+(`_in_order`). Where the charge depends on recorded actions alone (`kl.spend="sampled"`), or is taken as recorded
+(`kl.ledger="log_ratio"`), and without a budget, x is known and one pass is all.
 """
 from __future__ import annotations
 
@@ -27,15 +28,18 @@ from jaxtyping import Array, Float, Int, UInt8
 from kl_reg.kl import budget
 from kl_reg.kl.budget import Caps
 from kl_reg.kl.chunked import over_blocks, over_parts
+from kl_reg.kl.exact import TokenTerms
 from kl_reg.policies.actor import Situation
 from kl_reg.program import Program
 from kl_reg.sampling.agent_step import choose, observe, settle
+from kl_reg.sharding.batching import largest
 from kl_reg.sharding.constraints import EPISODES, constrain, spread
 from kl_reg.training.chunks import Cost, Layout, Scores, layout
 from kl_reg.training.targets import recorded
 from kl_reg.types import Episodes, Frozen
 
-_CLOSE = 1e-5       # of the budget: how far the ledger may stand from where its tokens were read
+_CLOSE = 1e-4       # of the budget: how far the ledger may stand from where its tokens were read
+_SMALL = 2**14      # a vocabulary so small that on a CPU one position after the other is faster
 
 
 class Point(NamedTuple):
@@ -77,19 +81,22 @@ class Given(NamedTuple):
 def read_as_sampled(program: Program, params, memory, frozen: Frozen, episodes: Episodes, caps: Caps, cost: Cost
                     ) -> Scores:
     """The scores of the recorded tokens of any program, differentiable in `params` and the episodes' features."""
-    mask = episodes.mask
+    mask, rerun = episodes.mask, program.agent.constrained and program.agent.rerun
     width = episodes.transcript.tokens.shape[1] - program.task.env.length
     token = Token(episodes.reference, episodes.allowed, episodes.slot - width, episodes.action, episodes.fraction,
                   episodes.strength)
     vocabulary = _vocabulary(program, params, memory, frozen, episodes.features, token)
-    cut = layout(program, mask, vocabulary, cost.members, _entries(program))
     turn = jnp.take_along_axis(episodes.transcript.turns, episodes.slot, axis=1)
     copies, features = _copies(params, _devices(len(mask))), episodes.features
-    run = partial(_run, program, jax.tree.map(lambda x: jnp.broadcast_to(x, mask.shape[:1]), caps), turn, mask)
+    rows = jax.tree.map(lambda x: jnp.broadcast_to(x, mask.shape[:1]), caps)
+    if rerun and vocabulary < _SMALL and program.execution.block is not None:
+        return _in_order(program, copies, memory, frozen, features, token, rows, turn, mask)
+    cut = layout(program, mask, vocabulary, cost.members, _entries(program))
+    run = partial(_run, program, rows, turn, mask)
     record = jax.lax.stop_gradient((recorded(episodes), episodes.fraction, episodes.floor))
     given = Given(memory, frozen, token, run(partial(_charged, program), record)[0])
     read = partial(_read, program, cut, *jax.lax.stop_gradient((copies, features)))
-    if not (program.agent.constrained and program.agent.rerun):
+    if not rerun:
         made, _ = read(given, slopes=False)
         scores = _attached(program, copies, features, _again(given, made), cut, made).scores
         return jax.tree.map(lambda x: jnp.where(mask, x, 0.0), scores)
@@ -240,6 +247,33 @@ def _read(program: Program, cut: Layout, copies, features, given: Given, slopes:
 
     out = over_parts(part, cut.used, jax.tree.map(cut.arrange, features), *streams)
     return jax.tree.map(cut.back, out)
+
+
+def _in_order(program: Program, copies, memory, frozen, features, token: Token, caps, turn, mask) -> Scores:
+    """The scores with one position of all streams after the other, and the ledger between them. What is as large as the
+    vocabulary exists for one position at a time and is computed again in the backward pass."""
+    parts, longest, zero = _devices(len(mask)), largest(mask.sum(-1).max()), jnp.zeros(len(mask))
+
+    def read(ledger, features, token, turn, mask):
+        ledger = budget.enter(ledger, jnp.where(mask, turn, ledger.turn))
+        remaining = budget.left(caps, ledger, program.agent.carry)
+        here = Given(memory, frozen, token, Point(remaining, budget.part_left(caps, ledger, remaining)))
+        said = _said(program, copies, features, here, parts)
+        made = jax.vmap(partial(_row, program))(*said, token._replace(seen=None), remaining)
+        scores = jax.tree.map(lambda x: jnp.where(mask, x, 0.0), made.scores)
+        return budget.charge(ledger, made.cost, mask), scores._replace(passes=jnp.where(mask, 1.0, 0.0))
+
+    # Around the `cond`: inside it, all that `read` closes over, the unembedding too, would be kept for each position.
+    @partial(jax.checkpoint, prevent_cse=False)
+    def position(ledger, xs):
+        index, *xs = xs
+        none = Scores(TokenTerms(*[zero] * len(TokenTerms._fields)), zero, zero, zero)
+        nothing = lambda ledger, *xs: (ledger, none)  # noqa: E731
+        return jax.lax.cond(index < longest, read, nothing, ledger, *xs)
+
+    streams = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (features, token, turn, mask))
+    _, scores = jax.lax.scan(position, budget.open_ledger(zero.shape), (jnp.arange(mask.shape[1]), *streams))
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), scores)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -13,7 +13,7 @@ from kl_reg.kl.spends import SPENDS
 from kl_reg.policies.interface import Policy, Reading
 from kl_reg.references.interface import Measure
 from kl_reg.sampling.agent_step import AgentState, At, choose, look, settle
-from kl_reg.training import scoring
+from kl_reg.training import ledger, scoring
 from kl_reg.types import AGENT, Episodes, Frozen, Transcript
 from tests.programs import by_hand, changed
 
@@ -70,9 +70,9 @@ def in_order(program, params, episodes, caps):
     stream = episodes.features, episodes.slot, jnp.take_along_axis(episodes.transcript.turns, episodes.slot, axis=1), (
         episodes.mask), episodes.action, episodes.fraction
 
-    def token(ledger, xs):
+    def token(before, xs):
         features, slot, turn, mask, action, drawn = xs
-        view = look(program, NONE, agent, At(slot, turn, mask), ledger, features, ())
+        view = look(program, NONE, agent, At(slot, turn, mask), before, features, ())
 
         def row(measure, neuron, remaining, slot, action, drawn):
             choice = choose(program, measure, None, remaining, neuron, drawn, slot)
@@ -116,9 +116,12 @@ scan, parallel = weighted(in_order), weighted(at_once)
 
 
 @pytest.fixture(autouse=True)
-def exact_strengths(monkeypatch):
-    """A strength depends on where its search begins by less than what D may be below the allowance: here, by little."""
+def exactly(monkeypatch):
+    """A strength depends on where its search begins by less than what D may be below the allowance: here, by little. So
+    does a gradient on where the ledger is taken to stand still."""
     monkeypatch.setattr(operations, "_CLOSE", 2e-6)
+    monkeypatch.setattr(ledger, "_CLOSE", 1e-6)
+    monkeypatch.setattr(ledger, "_SMALL", 0)
 
 
 @pytest.mark.parametrize("name", MADE)
@@ -155,3 +158,15 @@ def test_members_are_those_of_one_each(name):
         np.testing.assert_allclose(values[i], one, rtol=1e-5, atol=1e-6)
         for x, y in zip(jax.tree.leaves(own), jax.tree.leaves(grads), strict=True):
             np.testing.assert_allclose(y[i], x, rtol=1e-4, atol=1e-5)
+
+
+def test_with_a_small_vocabulary_it_is_the_scan_itself(monkeypatch):
+    monkeypatch.setattr(ledger, "_SMALL", VOCAB + 1)
+    params, episodes, weights = case(3, 0.4)
+    caps = Caps(jnp.float32(1.0), jnp.float32(0.5), jnp.float32(np.inf))
+    (expected, _), grads = scan("tilt", params, episodes, caps, weights)
+    (got, passes), own = weighted(at_once)("tilt", params, episodes, caps, weights)
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=2e-5)
+    np.testing.assert_array_equal(passes, np.asarray(episodes.mask, np.float32))
+    for one, other in zip(jax.tree.leaves(own), jax.tree.leaves(grads), strict=True):
+        np.testing.assert_allclose(one, other, rtol=2e-4, atol=1e-5)
