@@ -32,7 +32,7 @@ from kl_reg.sampling import rollout
 from kl_reg.training import member_groups
 
 BUDGETS, RATES = (0.5, 2.0), (1e-3, 3e-3, 1e-2)
-ITERATIONS, EPISODES, BATCHES = 200, 256, 16        # of training; then so many batches measure a policy
+ITERATIONS, EPISODES, BATCHES = 150, 128, 32        # of training; then so many batches measure a policy
 
 
 class Member(NamedTuple):

@@ -69,7 +69,7 @@ class Read(NamedTuple):
     strength: Float[Array, "b k"]
 
 
-class Given(NamedTuple):
+class Known(NamedTuple):
     """What the tokens are functions of beside the policy's parameters and features: all constants."""
 
     memory: object
@@ -94,7 +94,7 @@ def read_as_sampled(program: Program, params, memory, frozen: Frozen, episodes: 
     cut = layout(program, mask, vocabulary, cost.members, _entries(program))
     run = partial(_run, program, rows, turn, mask)
     record = jax.lax.stop_gradient((recorded(episodes), episodes.fraction, episodes.floor))
-    given = Given(memory, frozen, token, run(partial(_charged, program), record)[0])
+    given = Known(memory, frozen, token, run(partial(_charged, program), record)[0])
     read = partial(_read, program, cut, *jax.lax.stop_gradient((copies, features)))
     if not rerun:
         made, _ = read(given, slopes=False)
@@ -103,7 +103,12 @@ def read_as_sampled(program: Program, params, memory, frozen: Frozen, episodes: 
 
     point, (made, slopes), passes = _solve(read, run, given, caps, mask)
     made = _attached(program, copies, features, _again(given._replace(point=point), made), cut, made)
-    _, scores = run(lambda here, own: (_moved(here, *own).cost, _moved(here, *own).scores), (point, made, slopes))
+
+    def charged(here, own):
+        moved = _moved(here, *own)
+        return moved.cost, moved.scores
+
+    _, scores = run(charged, (point, made, slopes))
     scores = scores._replace(passes=jnp.broadcast_to(passes.astype(jnp.float32), mask.shape))
     return jax.tree.map(lambda x: jnp.where(mask, x, 0.0), scores)
 
@@ -137,7 +142,7 @@ def _moved(here: Point, there: Point, made: Read, slopes: Point) -> Read:
     return jax.tree.map(lambda x, *slopes: x + sum(map(jnp.multiply, slopes, by)), made, *slopes)
 
 
-def _solve(read, run, given: Given, caps: Caps, mask):
+def _solve(read, run, given: Known, caps: Caps, mask):
     """(the point at which the ledger of what is read stands where it was read, what is read there with its slopes, how
     often it was read)."""
     whole = jnp.where(jnp.isfinite(caps.episode), caps.episode, jnp.minimum(caps.turn, caps.token))
@@ -159,7 +164,7 @@ def _solve(read, run, given: Given, caps: Caps, mask):
     return point, own, count
 
 
-def _again(given: Given, made: Read) -> Given:
+def _again(given: Known, made: Read) -> Known:
     """What to begin from where the same tokens are read once more."""
     return given._replace(token=given.token._replace(strength=made.strength))
 
@@ -170,6 +175,7 @@ def _entries(program: Program) -> int:
 
 
 def _vocabulary(program: Program, params, memory, frozen, features, token: Token) -> int:
+    """Of the reference's distribution; nothing is computed."""
     rows = jnp.zeros(len(token.action))
     features, seen = jax.tree.map(lambda x: x[:, 0], (features, token.seen))
     look = partial(observe, program, frozen, params, memory)
@@ -189,7 +195,7 @@ def _devices(rows):
     return spread() if rows % spread() == 0 else 1
 
 
-def _said(program: Program, copies, features, given: Given, parts: int):
+def _said(program: Program, copies, features, given: Known, parts: int):
     """What policy and reference say of tokens [n], where all the products with tables are: what of it depends on
     parameters and point, and what does not (the base's log-probabilities)."""
     base, (token, point) = given.frozen.base, given[2:]
@@ -217,12 +223,12 @@ def _row(program: Program, own, log_base, token: Token, remaining) -> Read:
     return Read(Scores(terms, value, miss), cost, choice.strength)
 
 
-def _split(cut: Layout, given: Given):
+def _split(cut: Layout, given: Known):
     """A function of [token, point] of one part, and these of all parts."""
     return lambda token, point: given._replace(token=token, point=point), jax.tree.map(cut.arrange, given[2:])
 
 
-def _read(program: Program, cut: Layout, copies, features, given: Given, slopes: bool) -> tuple[Read, Point | None]:
+def _read(program: Program, cut: Layout, copies, features, given: Known, slopes: bool) -> tuple[Read, Point | None]:
     """What all tokens are, [b, k], and the derivatives by their points: a `Read` for each of a point's two numbers."""
     parts, row = _devices(cut.shape[0]), partial(_row, program)
     here, streams = _split(cut, given)
@@ -257,7 +263,7 @@ def _in_order(program: Program, copies, memory, frozen, features, token: Token, 
     def read(ledger, features, token, turn, mask):
         ledger = budget.enter(ledger, jnp.where(mask, turn, ledger.turn))
         remaining = budget.left(caps, ledger, program.agent.carry)
-        here = Given(memory, frozen, token, Point(remaining, budget.part_left(caps, ledger, remaining)))
+        here = Known(memory, frozen, token, Point(remaining, budget.part_left(caps, ledger, remaining)))
         said = _said(program, copies, features, here, parts)
         made = jax.vmap(partial(_row, program))(*said, token._replace(seen=None), remaining)
         scores = jax.tree.map(lambda x: jnp.where(mask, x, 0.0), made.scores)
@@ -277,7 +283,7 @@ def _in_order(program: Program, copies, memory, frozen, features, token: Token, 
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attached(program: Program, copies, features, given: Given, cut: Layout, made: Read) -> Read:
+def _attached(program: Program, copies, features, given: Known, cut: Layout, made: Read) -> Read:
     """`made`, what `_read` gave, as the function of parameters and features that it is."""
     del program, copies, features, given, cut
     return made
