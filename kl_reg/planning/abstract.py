@@ -91,8 +91,10 @@ def _traced(built, state, hyper, frozen) -> tuple[Stream, dict[str, float]]:
     carry = jax.eval_shape(begin, state, hyper, frozen, keys, first)
     rewards = jax.ShapeDtypeStruct((count, built.schedule.episodes, built.task.env.length), jnp.float32)
     update = run.update.trace(state, hyper, frozen, episodes, rewards)
-    work = {name: flops.count(traced.jaxpr.jaxpr, built.task.env.length)
-            for name, traced in (("rollout", draw), ("update", update))}
+    # The rollout's loop ends with the last episode; the ledger's, of the update, once it has read all tokens before an
+    # epoch has changed anything.
+    work = {name: flops.count(traced.jaxpr.jaxpr, turns)
+            for name, traced, turns in (("rollout", draw, built.task.env.length), ("update", update, 1))}
     return Stream(keys, first, episodes, rewards, (carry.policy, carry.reference, carry.student)), work
 
 
