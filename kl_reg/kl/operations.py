@@ -216,9 +216,10 @@ def _solve(cost: Callable, allowance, start):
         known, top = high <= 1, jnp.minimum(high, 1.0)
         bottom = jnp.where(low > 0, low, top * 16.0 ** -(count + 1.0))
         inside = (newton > low) & ((newton < high) | ~known)
-        alpha = jnp.where(inside, jnp.minimum(newton, 1.0), jnp.sqrt(bottom) * jnp.sqrt(top))
+        alpha = jnp.where(inside, jnp.minimum(newton, 1.0), jnp.sqrt(bottom) * jnp.sqrt(top)).astype(low.dtype)
         return low, high, alpha, at_low, count + 1
 
-    zero, guess = jnp.zeros_like(allowance), jnp.where((start > 0) & (start < 1), start, 1.0)
+    zero = jnp.zeros_like(allowance)
+    guess = jnp.where((start > 0) & (start < 1), start, 1.0).astype(zero.dtype)
     alpha, *_ = jax.lax.while_loop(unfinished, step, (zero, zero + 2, guess, zero, 0))
     return alpha, (alpha > 0) & (alpha < 1)
