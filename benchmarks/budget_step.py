@@ -37,7 +37,7 @@ least this part of the limit; the mixture over the tilt; six members over one, o
 
 def arm(asked: dict) -> dict:
     """Runs one arm, in this process and with whatever kl_reg it has: seconds of its phases, and what it did."""
-    import jax
+    import jax              # here and below: this file is also read by versions that lack what the others import
     import jax.numpy as jnp
 
     from kl_reg.pretrained import weights
@@ -141,7 +141,7 @@ def measure(options: argparse.Namespace) -> dict:
 
 
 def seconds_of(row: dict) -> float:
-    """Of an iteration: the median of each phase."""
+    """How long an iteration takes: the sum of the medians of its two phases."""
     return float(np.median(row["rollout"]) + np.median(row["update"]))
 
 

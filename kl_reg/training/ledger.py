@@ -175,7 +175,7 @@ def _entries(program: Program) -> int:
 
 
 def _vocabulary(program: Program, params, memory, frozen, features, token: Token) -> int:
-    """Of the reference's distribution; nothing is computed."""
+    """How many tokens the reference's distribution has; nothing is computed."""
     rows = jnp.zeros(len(token.action))
     features, seen = jax.tree.map(lambda x: x[:, 0], (features, token.seen))
     look = partial(observe, program, frozen, params, memory)
@@ -196,7 +196,7 @@ def _devices(rows):
 
 
 def _said(program: Program, copies, features, given: Known, parts: int):
-    """What policy and reference say of tokens [n], where all the products with tables are: what of it depends on
+    """What policy and reference say of tokens [n], which takes all the products with tables: what of it depends on
     parameters and point, and what does not (the base's log-probabilities)."""
     base, (token, point) = given.frozen.base, given[2:]
 
