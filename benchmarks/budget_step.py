@@ -36,8 +36,9 @@ least this part of the limit; the mixture over the tilt; six members over one, o
 
 
 def arm(asked: dict) -> dict:
-    """Runs one arm, in this process and with whatever kl_reg it has: seconds of its phases, and what it did."""
-    import jax              # here and below: this file is also read by versions that lack what the others import
+    """Runs one arm, in this process and with whatever kl_reg it has: seconds of its phases, and what it did. So that an
+    earlier version can run it, nothing of this one is imported."""
+    import jax
     import jax.numpy as jnp
 
     from kl_reg.pretrained import weights
