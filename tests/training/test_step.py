@@ -20,7 +20,7 @@ from kl_reg.kl.estimators import KLConfig
 from kl_reg.pretrained import weights
 from kl_reg.program import Program
 from kl_reg.sampling import rollout
-from kl_reg.training import objective, optimizer, scoring, step
+from kl_reg.training import ledger, objective, optimizer, scoring, step
 from kl_reg.training.build import build
 from kl_reg.training.compile import compile_program
 from kl_reg.training.optimizer import safe_norm, schedule
@@ -421,15 +421,18 @@ def test_gradients_are_clipped_to_the_norm(group, usual):
     assert_close(gradient(group.program, group, limit=None), usual, 1e-6)
 
 
-def test_nothing_is_kept_of_the_unembedding_for_each_position(group):
+@pytest.mark.parametrize(("small", "parts", "size"), [(0, 9, 8), (2**14, 12, 6)], ids=["parts", "positions"])
+def test_nothing_is_kept_of_the_unembedding_for_each_part_or_position(group, monkeypatch, small, parts, size):
     """What the map over tokens closes over is no residual of it: of a real vocabulary that would be gigabytes."""
-    members, parts, table = 3, 9, group.frozen.base["embed"].shape
+    monkeypatch.setattr(ledger, "_SMALL", small)
+    members, table = 3, group.frozen.base["embed"].shape
     program = changed(descending(group.program), chunk=4 * members * 8 * table[0])      # 8 tokens a part
     update = compile_program(program).update
     jaxpr = jax.make_jaxpr(update)(fresh(group, program), group.hyper, group.frozen, group.episodes, group.rewards)
     shapes = {var.aval.shape for inner in every_jaxpr(jaxpr.jaxpr) for eqn in inner.eqns for var in eqn.outvars}
-    assert table in {x.shape for x in jax.tree.leaves(group.frozen)} and (members, parts, 8, table[0]) not in shapes
-    assert (members, 8, table[0]) in shapes and any(parts in shape for shape in shapes)
+    assert table in {x.shape for x in jax.tree.leaves(group.frozen)}
+    assert (members, parts, size, table[0]) not in shapes and (members, size, table[0]) in shapes
+    assert any(parts in shape for shape in shapes)
     assert not any(shape[-2:] == table and parts in shape[:-2] for shape in shapes)
 
 
