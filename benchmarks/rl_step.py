@@ -5,11 +5,12 @@
 
 GRPO in float32, one epoch, one minibatch, one member; sequences of fixed length, because nothing ends them. "smollm2"
 is SmolLM2-135M (`python -m launch.fetch smollm2`), "tiny" a random Llama of 4 layers, width 192 and the same
-vocabulary. All trainers read the same folder, run where JAX does here, and take turns, one step each; a peer is a
-process in an environment of its own, made at first use (peers/environment.py). Compilation and warm-up do not count.
-KL: peers have k3, kl_reg the exact one or, with --kl=k3, the same. --policy=head is the paper's head on the frozen
-trunk; peers finetune everything then, too. The reference is read in "update" by kl_reg and in "reward" by the peers.
-With --torch-compile TRL compiles its model, which takes minutes of several warm-up steps (--warmup 5).
+vocabulary, "shapes" random weights of SmolLM2's shapes, for which nothing is fetched. All trainers read the same
+folder, run where JAX does here, and take turns, one step each; a peer is a process in an environment of its own, made
+at first use (peers/environment.py). Compilation and warm-up do not count. KL: peers have k3, kl_reg the exact one or,
+with --kl=k3, the same. --policy=head is the paper's head on the frozen trunk; peers finetune everything then, too. The
+reference is read in "update" by kl_reg and in "reward" by the peers. With --torch-compile TRL compiles its model, which
+takes minutes of several warm-up steps (--warmup 5).
 """
 from __future__ import annotations
 
@@ -32,7 +33,11 @@ from benchmarks.trainer import Trainer, experiment
 from kl_reg.pretrained import tokenizer
 from kl_reg.types import PAD
 
-GOALS = {("smollm2", "full"): 1.5, ("tiny", "full"): 4.0, ("smollm2", "head"): 5.0, ("tiny", "head"): 5.0}
+GOALS = {"smollm2": 1.5, "tiny": 4.0, "shapes": 1.5, "miniature": 1.0}
+HEAD_GOAL = 5.0
+ACCELERATOR_GOALS = {"trl": 10.0, "tunix": 2.0}
+"""Of a peer's step over kl_reg's: on a CPU by model, the same for all peers; on an accelerator by peer."""
+
 PEERS = {"trl": ("benchmarks.peers.trl_grpo", stepping.TORCH), "tunix": ("benchmarks.peers.tunix_grpo", {})}
 """Module and environment variables of each."""
 
@@ -65,6 +70,12 @@ def compare(seconds: dict[str, list[dict]], flops: dict[str, int], peak: float) 
             "of_peak": {name: flops[name] / step[name] / peak for name in step}}
 
 
+def _goal(peer: str, model: str, policy: str) -> float:
+    if jax.default_backend() != "cpu":
+        return ACCELERATOR_GOALS[peer]
+    return HEAD_GOAL if policy == "head" else GOALS[model]
+
+
 def measure(options: argparse.Namespace) -> dict:
     """Runs all trainers: what goes to JSON."""
     given = {name: getattr(options, name) for name in Work._fields if getattr(options, name) is not None}
@@ -91,7 +102,7 @@ def measure(options: argparse.Namespace) -> dict:
     return {"model": options.model, "policy": options.policy, "kl": options.kl, "work": each._asdict(),
             "torch_compile": options.torch_compile, "machine": machine.about(), "others": watch.others(),
             "versions": told, "flops": flops, "matmul_flops_per_second": peak,
-            "goal": GOALS[options.model, options.policy], "seconds": seconds,
+            "goal": {name: _goal(name, options.model, options.policy) for name in pythons}, "seconds": seconds,
             **compare(seconds, {name: sum(parts.values()) for name, parts in flops.items()}, peak)}
 
 
@@ -100,7 +111,7 @@ def report(result: dict) -> str:
     each, rows = Work(**result["work"]), []
     for name, times in result["median"].items():
         title = machine.listed(result["versions"][name])
-        ratio = ["", ""] if name == "kl_reg" else [f"{result['ratio'][name]:.2f}", f"{result['goal']:g}"]
+        ratio = ["", ""] if name == "kl_reg" else [f"{result['ratio'][name]:.2f}", f"{result['goal'][name]:g}"]
         rows.append([title, *(f"{times[phase]:.2f}" for phase in ("step", *PHASES)), f"{result['of_peak'][name]:.0%}",
                      *ratio])
     parts = result["flops"]["kl_reg"]

@@ -3,7 +3,7 @@ import os
 import pathlib
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_PLATFORMS"] = os.environ.get("KL_REG_TESTS_ON", "cpu")      # benchmarks/gpu.sh runs some on a GPU
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"     # shapes are tiny: it is compilation that tests wait for
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(pathlib.Path(__file__).parent.parent / ".pytest_cache" / "jax")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"

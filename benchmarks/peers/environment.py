@@ -22,9 +22,13 @@ def place(peer: str, backend: str) -> pathlib.Path:
     return cache / "kl_reg" / "benchmarks" / (peer if backend == "cpu" else f"{peer}-{backend}")
 
 
+HERE = "KL_REG_PEERS_HERE"
+"""An environment variable: where it is set, peers are in this Python's environment, whatever their versions."""
+
+
 def python(peer: str, backend: str = "cpu") -> pathlib.Path:
     """The Python of a peer's environment, which has what `<peer>.txt` asks for; an unfinished environment, or one of
-    other versions, is made anew.
+    other versions, is made anew. Or this Python (`HERE`).
 
     Raises:
         ValueError: there is no such peer.
@@ -32,6 +36,8 @@ def python(peer: str, backend: str = "cpu") -> pathlib.Path:
     """
     if peer not in PEERS:
         raise ValueError(f"there is no peer {peer!r}; choose of {', '.join(PEERS)}")
+    if os.environ.get(HERE):
+        return pathlib.Path(sys.executable)
     folder = place(peer, backend)
     wanted = (_HERE / f"{peer}.txt").read_text(encoding="utf-8").replace(_JAX["cpu"], _JAX[backend])
     made = folder / "requirements.txt"      # written last

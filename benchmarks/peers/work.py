@@ -17,6 +17,14 @@ from kl_reg.pretrained import tokenizer as text
 TOKENIZER = "smollm2"
 TINY = DecoderConfig(vocab=49152, width=192, layers=4, heads=3, kv_heads=1, head_width=64, mlp_width=512,
                      max_position=2048, rope=Rope(10000.0, 64))
+SMOLLM2 = DecoderConfig(vocab=49152, width=576, layers=30, heads=9, kv_heads=3, head_width=64, mlp_width=1536,
+                        max_position=8192, rope=Rope(100000.0, 64))
+MINIATURE = DecoderConfig(vocab=2048, width=32, layers=3, heads=2, kv_heads=1, head_width=16, mlp_width=64,
+                          max_position=512, rope=Rope(10000.0, 16))
+RANDOM = {"tiny": TINY, "shapes": SMOLLM2, "miniature": MINIATURE}
+"""Models of random weights, for time and memory alone. The last two need nothing that is fetched: one is of SmolLM2's
+shapes, the other for rehearsals."""
+
 _TEXT = ("The harbour lay quiet under the first snow of the year, and the two sisters who kept the lighthouse were "
          "still arguing about which of them had left the door open during the storm of the night before. A good recipe "
          "for bread begins with patience: flour, water, salt and a little yeast are mixed in the evening, and nobody "
@@ -37,18 +45,19 @@ class Work(NamedTuple):
         return self.sequences * (self.prompt + self.generated)
 
 
-WORK = {"smollm2": Work(16, 26, 32, 8), "tiny": Work(64, 26, 64, 8)}
+WORK = {"smollm2": Work(16, 26, 32, 8), "tiny": Work(64, 26, 64, 8), "shapes": Work(16, 26, 32, 8),
+        "miniature": Work(4, 6, 2, 2)}
 
 
 def write_model(name: str, folder: pathlib.Path) -> DecoderConfig:
     """Writes the model as float32 safetensors with its tokenizer, and no end of sequence, so that nobody stops early.
 
     Raises:
-        FileNotFoundError: SmolLM2, whose tokenizer both have, was not fetched.
+        FileNotFoundError: SmolLM2 was not fetched, whose tokenizer "tiny" has, too; others have the embedded model's.
     """
-    source = folders.find(TOKENIZER)
-    if name == "tiny":
-        settings, params = families.llama_settings(TINY), decoder.init(TINY, jax.random.key(0))
+    source = folders.find(TOKENIZER if name in ("smollm2", "tiny") else "embedded")
+    if name in RANDOM:
+        settings, params = families.llama_settings(RANDOM[name]), decoder.init(RANDOM[name], jax.random.key(0))
     else:
         settings, params = huggingface.settings_of(folders.settings(source)), weights.load(name).params
     no_ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))

@@ -169,15 +169,29 @@ def _forward(plan, policy, policy_table, base, base_table, action, used):
     def row(product, *rest):
         """The terms of one token and their derivatives by its product."""
         terms_of = lambda product: _terms_of(plan, product, *rest)  # noqa: E731
-        return None, (terms_of(product), {name: jax.grad(lambda z, name=name: terms_of(z)._asdict()[name])(product)
-                                          for name in plan.differentiate})
+        return terms_of(product), {name: jax.grad(lambda z, name=name: terms_of(z)._asdict()[name])(product)
+                                   for name in plan.differentiate}
 
-    def part(policy, base, action):
+    return with_derivatives(row, policy, policy_table, base, base_table, action, used=used, block=plan.block)
+
+
+def with_derivatives(row: Callable, policy: Float[Array, "p r h"], policy_table: Float[Array, "v h"],
+                     base: Float[Array, "p r d"], base_table: Float[Array, "v d"], given, *, used: Int[Array, ""],
+                     block: int | None):
+    """What row(product [v] of a token's policy, product of its base, entry of `given`) -> (out, {name: derivative [v]
+    by the policy's product}) says of all tokens; with derivatives by `policy` [p, r, h] instead of by its product.
+
+    Args:
+        given: a pytree of [p, r, ...].
+        used: only the first so many parts are computed, the others are zero.
+        block: so many rows of a part at a time, or a number near it; None: all.
+    """
+    def part(policy, base, given):
         products = _products(policy_table, base_table, policy, base)
-        _, (terms, by_product) = _over_rows(plan.block, row, *products, action)
-        return terms, {name: _by_policy(x, policy_table) for name, x in by_product.items()}
+        _, (out, by_product) = _over_rows(block, lambda *xs: (None, row(*xs)), *products, given)
+        return out, {name: _by_policy(x, policy_table) for name, x in by_product.items()}
 
-    return over_parts(part, used, policy, base, action)
+    return over_parts(part, used, policy, base, given)
 
 
 def _by_policy(by_product, policy_table):

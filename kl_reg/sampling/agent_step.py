@@ -113,17 +113,33 @@ def choose(program: Program, measure: Measure, allowed: UInt8[Array, " w"] | Non
         position: tokens of the episode before this one, whoever wrote them.
         start: a guess of the strength with which the budget follows the proposal; 0: none.
     """
+    fraction, allowance = allow(program, measure.floor, remaining, neuron, drawn, position)
+    chance = program.agent.spend.log_prob(neuron, drawn)
+    logits, log_ref, strength = between(program, measure, allowed, allowance, start)
+    return Choice(logits, log_ref, measure.floor, allowance, fraction, chance, remaining, strength)
+
+
+def allow(program: Program, floor: Float[Array, ...], remaining: Float[Array, ...], neuron: Float[Array, ...],
+          drawn: Float[Array, ...], position: Int[Array, ...]) -> tuple[Float[Array, ...], Float[Array, ...]]:
+    """The budget fraction, and the nats above the floor that a token may cost with it; 0 without a budget."""
+    fraction = program.agent.spend.fraction(neuron, drawn, jnp.maximum(program.task.env.length - position, 1))
+    if not program.agent.constrained:
+        return fraction, jnp.zeros_like(floor)
+    return fraction, fraction * jnp.maximum(remaining - floor, 0.0) + program.agent.target_floor
+
+
+def between(program: Program, measure: Measure, allowed: UInt8[Array, " w"] | None, allowance: Float[Array, ""],
+            start: Float[Array, ""] | float = 0.0) -> tuple[Float[Array, " v"], Float[Array, " v"], Float[Array, ""]]:
+    """(logits of the token, the reference's log-probabilities on the allowed tokens, the strength) with so much above
+    the floor to spend; without a budget the proposal itself."""
     log_ref, gap = measure.log_probs, measure.gap
     if allowed is not None:
         keep = unpack(allowed, len(log_ref))
         log_ref, gap = truncate(log_ref, keep), jnp.where(keep, gap, 0.0)
-    fraction = program.agent.spend.fraction(neuron, drawn, jnp.maximum(program.task.env.length - position, 1))
-    chance = program.agent.spend.log_prob(neuron, drawn)
     if not program.agent.constrained:
-        return Choice(log_ref + gap, log_ref, measure.floor, jnp.zeros(()), fraction, chance, remaining, jnp.ones(()))
-    allowance = fraction * jnp.maximum(remaining - measure.floor, 0.0) + program.agent.target_floor
+        return log_ref + gap, log_ref, jnp.ones(())
     logits, strength = program.agent.operation(log_ref, gap, allowance, start)
-    return Choice(logits, log_ref, measure.floor, allowance, fraction, chance, remaining, strength)
+    return logits, log_ref, strength
 
 
 def settle(program: Program, choice: Choice, action: Int[Array, ""]) -> tuple[TokenTerms, Float[Array, ""]]:

@@ -10,7 +10,7 @@ from kl_reg.kl import budget, operations
 from kl_reg.kl.budget import Caps
 from kl_reg.kl.operations import OPERATIONS
 from kl_reg.kl.spends import SPENDS
-from kl_reg.policies.interface import Policy, Reading
+from kl_reg.policies.interface import Factored, Policy, Reading, States
 from kl_reg.references.interface import Measure
 from kl_reg.sampling.agent_step import AgentState, At, choose, look, settle
 from kl_reg.training import ledger, scoring
@@ -18,18 +18,27 @@ from kl_reg.types import AGENT, Episodes, Frozen, Transcript
 from tests.programs import by_hand, changed
 
 ROWS, TOKENS, VOCAB = 4, 12, 7
-NONE = Frozen(())
+TABLE = jnp.eye(VOCAB) + jnp.float32(np.random.default_rng(0).normal(0, 0.3, (VOCAB, VOCAB)))
+FROZEN = Frozen({"embed": 3 * jnp.eye(VOCAB, VOCAB + 1)})
 
 
-def program(operation="tilt", carry=False, floor=0.0, spend="neuron"):
-    """A policy that reads its features and where the budget stands; with `floor`, a reference that lacks mass."""
-    def read(params, base, features, situation):
+def program(operation="tilt", carry=False, floor=0.0, spend="neuron", relative=True, cap=None, factored=False):
+    """A policy that reads its features and where the budget stands; with `floor`, a reference that lacks mass; with
+    `factored`, it says that its logits are products."""
+    def states(params, base, features, situation):
         inputs = jnp.concatenate([features, situation.inputs()], axis=-1)
-        log_base = jax.nn.log_softmax(3 * features[..., :VOCAB])
-        return Reading(log_base, jnp.tanh(inputs @ params["hidden"]) @ params["change"], inputs @ params["value"],
-                       jax.nn.sigmoid(inputs @ params["spend"] - 1.0))
+        own = jnp.tanh(inputs @ params["hidden"]) @ params["change"]
+        return States(features, own if relative else own + features[..., :VOCAB], inputs @ params["value"],
+                      jax.nn.sigmoid(inputs @ params["spend"] - 1.0))
 
-    policy = Policy(None, None, None, lambda params, base, episodes, group: episodes.features, None, read, False, True)
+    def read(params, base, features, situation):
+        own, shape = states(params, base, features, situation), lambda z: z if cap is None else cap * jnp.tanh(z / cap)
+        base_logits, product = shape(features @ base["embed"].T), own.policy @ TABLE.T
+        gap = product if relative else shape(product) - base_logits
+        return Reading(base_logits, gap, own.value, own.spend)
+
+    policy = Policy(None, None, None, lambda params, base, episodes, group: episodes.features, None, read, relative,
+                    True, Factored(states, lambda params, base: TABLE, False, cap) if factored else None)
     made = by_hand(policy, length=TOKENS, constrained=True, operation=OPERATIONS[operation], carry=carry,
                    spend=SPENDS[spend](4), rerun=spend != "sampled", chunk=4 * 5 * VOCAB, block=2 * VOCAB)
     if not floor:
@@ -72,7 +81,7 @@ def in_order(program, params, episodes, caps):
 
     def token(before, xs):
         features, slot, turn, mask, action, drawn = xs
-        view = look(program, NONE, agent, At(slot, turn, mask), before, features, ())
+        view = look(program, FROZEN, agent, At(slot, turn, mask), before, features, ())
 
         def row(measure, neuron, remaining, slot, action, drawn):
             choice = choose(program, measure, None, remaining, neuron, drawn, slot)
@@ -80,7 +89,7 @@ def in_order(program, params, episodes, caps):
             return (*terms[:4], (terms.kl - choice.floor - choice.allowance) ** 2), cost
 
         said, cost = jax.vmap(row)(view.measure, view.reading.spend, view.remaining, slot, action, drawn)
-        own = jnp.stack([*said, view.reading.value, view.remaining])
+        own = jnp.stack([*said, view.reading.value])
         return budget.charge(view.ledger, cost, mask), jnp.where(mask, own, 0.0)
 
     _, out = jax.lax.scan(token, budget.open_ledger((ROWS,)), jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), stream))
@@ -88,13 +97,16 @@ def in_order(program, params, episodes, caps):
 
 
 def at_once(program, params, episodes, caps):
-    scores = scoring.score(program, params, (), NONE, episodes, caps)
+    scores = scoring.score(program, params, (), FROZEN, episodes, caps)
     return jnp.stack([*scores.terms[:4], scores.miss, scores.value]), scores.passes
 
 
 MADE = {
     "tilt": {}, "mixture": {"operation": "mixture"}, "carry": {"carry": True}, "floor": {"floor": 0.02},
-    "uniform": {"spend": "uniform"}, "sampled": {"spend": "sampled"}}
+    "uniform": {"spend": "uniform"}, "sampled": {"spend": "sampled"}, "factored": {"factored": True},
+    "factored mixture": {"factored": True, "operation": "mixture", "carry": True},
+    "factored sampled": {"factored": True, "spend": "sampled"},
+    "factored capped": {"factored": True, "relative": False, "cap": 2.0}}
 PROGRAMS = {name: program(**made) for name, made in MADE.items()}
 
 
@@ -103,7 +115,7 @@ def weighted(read):
     def run(name, params, episodes, caps, weights):
         def total(params):
             made = read(PROGRAMS[name], params, episodes, caps)
-            values, passes = made if isinstance(made, tuple) else (made[:6], None)
+            values, passes = made if isinstance(made, tuple) else (made, None)
             return (weights[:6] * values).sum(), (values, passes)
 
         (_, made), grads = jax.value_and_grad(total, has_aux=True)(params)
@@ -120,7 +132,7 @@ def exactly(monkeypatch):
     """A strength depends on where its search begins by less than what D may be below the allowance: here, by little. So
     does a gradient on where the ledger is taken to stand still."""
     monkeypatch.setattr(operations, "_CLOSE", 2e-6)
-    monkeypatch.setattr(ledger, "_CLOSE", 1e-6)
+    monkeypatch.setattr(ledger, "_CLOSE", 1e-5)
     monkeypatch.setattr(ledger, "_SMALL", 0)
 
 
@@ -137,18 +149,20 @@ def test_values_and_gradients_are_those_of_the_scan(name, seed, size, whole, tur
     caps = Caps(*(jnp.float32(x) for x in (whole, turn, token)))
     (expected, _), grads = scan(name, params, episodes, caps, weights)
     (got, passes), own = parallel(name, params, episodes, caps, weights)
-    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=2e-5)
+    # Less than 2e-6 nats cannot be told from rounding, and a token's log-ratios are of the root of its nats.
+    rounding = np.sqrt(expected[2] + 2e-6) - np.sqrt(expected[2])
+    np.testing.assert_array_less(np.abs(got - expected), 2e-5 + 1e-4 * np.abs(expected) + 2 * rounding)
     largest = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(grads))
     for one, other in zip(jax.tree.leaves(own), jax.tree.leaves(grads), strict=True):
         np.testing.assert_allclose(one, other, rtol=2e-4, atol=1e-4 * largest)
-    assert name == "sampled" or passes.max() <= TOKENS + 1
+    assert "sampled" in name or passes.max() <= TOKENS + 1
 
 
-@pytest.mark.parametrize("name", ["tilt", "mixture", "floor"])
+@pytest.mark.parametrize("name", ["tilt", "mixture", "floor", "factored"])
 def test_members_are_those_of_one_each(name):
     """One more pass for a member who needs it changes nothing of the others."""
     caps = Caps(jnp.float32([0.3, 2.0]), jnp.full(2, jnp.inf), jnp.full(2, jnp.inf))
-    each = [case(seed, size) for seed, size in ((0, 0.1), (1, 2.0))]
+    each = [case(seed, size) for seed, size in ((0, 0.01), (1, 2.0))]
     params, episodes, weights = jax.tree.map(lambda *x: jnp.stack(x), *each)
     run = jax.vmap(lambda *args: weighted(at_once)(name, *args))
     (values, passes), grads = run(params, episodes, caps, weights)
