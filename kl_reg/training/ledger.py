@@ -5,12 +5,13 @@ out sees the benefit of spending and not its price. Let x_t be where the budget 
 cost, and the part of the budget that is left), y_t(theta, x_t) its terms and c_t(theta, x_t) its charge. Everything
 else of the ledger is a scan of scalars, x = scan(c). So
 
-1. `_solve` finds the x at which x = scan(c(theta, x)) by Newton: y, c and their slopes by x for all tokens at once,
-   then the scan with c_t + c_t' (x_t - x_t^0), and again. It begins where the sampler's ledger stood, which before the
-   first update is the answer; since the first token's x is known, and each pass makes one more token exact, it ends.
+1. `_solve` finds the x at which x = scan(c(theta, x)) by Newton: y, c and their slopes by x for all tokens at once
+   (`tokens`), then the scan with c_t + c_t' (x_t - x_t^0), and again. It begins where the sampler's ledger stood, which
+   before the first update is the answer; since the first token's x is known, and each pass makes one more token exact,
+   it ends.
 2. The scan is run once more, differentiably, on y + y' (x - x^0): its transpose is the adjoint of the ledger, and gives
    each token the weights of its terms and of its charge. With them the derivative by theta at fixed x is that of tokens
-   that know nothing of each other, all at once again (`_attached`).
+   that know nothing of each other.
 
 On a CPU and with a small vocabulary one position after the other is faster than these passes, and is what is done
 (`_in_order`). Where the charge depends on recorded actions alone (`kl.spend="sampled"`), or is taken as recorded
