@@ -1,8 +1,6 @@
 """Settings under which an update changes nothing, or next to nothing: some are refused, of others a run is warned."""
 from __future__ import annotations
 
-import math
-import numbers
 from collections.abc import Sequence
 
 from ml_collections import ConfigDict
@@ -25,10 +23,7 @@ def refuse(config: ConfigDict) -> None:
     Raises:
         ValueError: names the setting, why it trains nothing, and what is accepted.
     """
-    rl, sampling, norm = config.rl, config.sampling, config.optim.max_grad_norm
-    if norm is not None and not (isinstance(norm, numbers.Real) and math.isfinite(norm) and norm >= 1e-6):
-        raise ValueError(f"optim.max_grad_norm={norm!r} must be a number of at least 1e-6, or None, which clips nothing"
-                         "; gradients of a smaller norm vanish beside Adam's 1e-8, so nothing would be trained")
+    rl, sampling = config.rl, config.sampling
     if rl.loss in _CLIP_RATIOS and rl.clip == rl.clip_high == 0:
         raise ValueError(f"rl.clip={rl.clip!r} with rl.clip_high={rl.clip_high!r} and rl.loss={rl.loss!r}: every ratio "
                          "but 1 is clipped, which leaves nothing to train; one of them must be above 0")

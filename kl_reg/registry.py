@@ -5,6 +5,7 @@ states none, unless its module registers it under that path, `register(f"{__name
 """
 from __future__ import annotations
 
+import difflib
 import importlib
 
 
@@ -36,6 +37,10 @@ class Registry:
     def facts(self, name: str) -> dict:
         """What the piece of that name states, and the values for what it does not; raises as `[name]` does."""
         self[name]  # noqa: B018 - imports a dotted path's module, which may register it
+        return self.stated(name)
+
+    def stated(self, name: str) -> dict:
+        """As `facts`, of what is registered already: nothing is imported, and any name is accepted."""
         return self._unstated | self._facts.get(name, {})
 
     def names(self) -> list[str]:
@@ -55,7 +60,10 @@ class Registry:
         if module and not name.startswith("."):
             found = self._imported(name, module, attribute)         # its module may register it under this path
             return self._checked(name, self._objects.get(name, found))
-        raise ValueError(f"{self.kind}={name!r} is unknown; choose one of {', '.join(self.names())}, or a dotted path")
+        near = difflib.get_close_matches(name, self.names(), 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{self.kind}={name!r} is unknown; choose one of {', '.join(self.names())}, or a dotted path"
+                         f"{hint}")
 
     def _imported(self, name, module, attribute):
         try:

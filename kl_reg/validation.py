@@ -2,65 +2,32 @@
 from __future__ import annotations
 
 import contextlib
-import math
-import numbers
 import warnings
 from collections.abc import Iterator
 
-import numpy as np
 from ml_collections import ConfigDict
 
 from kl_reg import algorithms, envs, no_training, rewards
-from kl_reg.algorithms import advantages, reductions
-from kl_reg.config import BUDGETS, HYPER, default, flat, kl_config, members, override
+from kl_reg.algorithms import advantages, optimizers, reductions
+from kl_reg.config import BUDGETS, flat, kl_config, members, override
 from kl_reg.episodes.token_groups import compile_expressions
 from kl_reg.kl import controllers, estimators
 from kl_reg.kl.operations import OPERATIONS
-from kl_reg.kl.spends import LEDGERS, SPENDS
-from kl_reg.models.block import REMATS
+from kl_reg.kl.spends import SPENDS
 from kl_reg.policies import kinds as policies
 from kl_reg.policies import lora
-from kl_reg.policies.actor import ACTIVATIONS
 from kl_reg.pretrained import tokenizer, weights
 from kl_reg.references import kinds as references
-from kl_reg.references.bayes import CUTS
 from kl_reg.runs import directory as run_directory
+from kl_reg.settings import HYPER, SETTINGS, unknown
 from kl_reg.sharding import mesh as meshes
 
 _SHARED = ("sweep", "model", "env", "reward", "sampling", "evaluation", "checkpoint", "log", "parallel",
            "rl.iterations")
 """Settings that all members of a sweep share: they have one base model, one task and one evaluation."""
 
-_AT_LEAST_ONE = ("rl.iterations", "rl.episodes", "rl.epochs", "rl.minibatches", "rl.accumulate", "rl.entries",
-                 "env.length", "policy.layers", "policy.hidden", "policy.rank", "policy.spend_levels",
-                 "policy.critic_layers", "evaluation.episodes", "checkpoint.every", "checkpoint.keep", "optim.warmup",
-                 "reference.every", "rl.group", "env.opening_tokens")
-_NOT_NEGATIVE = ("kl.coef", "kl.target", "kl.horizon", "kl.rate", "kl.gain", "kl.final", "kl.target_floor",
-                 "kl.miss_coef", "sampling.top_k", "rl.clip", "rl.clip_high", "rl.value_coef", "rl.entropy_coef",
-                 "env.turns", "env.opening_turns", "env.reply_limit", "env.empty_tokens", "policy.alpha",
-                 "optim.learning_rate", "optim.final", "seed", "evaluation.seed")
 _RELATIVE = ("leave_one_out", "group", "group_batch", "group_mean")
 """Advantages that compare the episodes of a group."""
-
-_CHAT = ("opening_turns", "opening_unfinished", "teacher", "student", "markers", "turns", "reply_limit", "end_tokens",
-         "empty_tokens")
-_IDLE = {"teacher_student": ("writers", "prefill"),
-         "completion": (*_CHAT, "student_model", "writers"),
-         "tabular": (*_CHAT, "openings", "split", "column", "prefill")}
-"""Settings of `env` that say nothing to an environment."""
-
-_LIMITS = ("rl.stop_kl", "rl.truncation", "rl.value_clip", "optim.value_learning_rate",
-           "optim.policy_grad_norm")
-_UNLIMITED = ("rl.stop_kl", "rl.truncation", "rl.value_clip")
-"""Settings that may be infinite, which is the same as None."""
-
-_PARTS = ("rl.discount", "rl.gae_lambda", "policy.spend_init", "reference.decay", "reference.alpha",
-          "sampling.min_p", "kl.budget_ramp")
-
-
-_ELSEWHERE = ("optim.max_grad_norm",)        # `no_training.refuse` says what it may be
-_SMALLEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
-
 
 def validate(config: ConfigDict) -> None:
     """Everything that can be known to be wrong before any work starts; warns of runs that train nothing.
@@ -69,11 +36,13 @@ def validate(config: ConfigDict) -> None:
         ValueError: names the setting, its value and what is accepted.
         FileNotFoundError: the model folder or one of its files is missing.
     """
-    unknown, missing = set(flat(config)) - set(flat(default())), set(flat(default())) - set(flat(config))
-    if unknown or missing:
-        raise ValueError(f"config: unknown settings {sorted(unknown)}, missing settings {sorted(missing)}; "
-                         "start from kl_reg.config.default()")
-    _validate_values(flat(config))
+    given = flat(config)
+    strange, missing = sorted(set(given) - set(SETTINGS)), sorted(set(SETTINGS) - set(given))
+    if strange:
+        raise ValueError(f"config: {'; '.join(map(unknown, strange))}")
+    if missing:
+        raise ValueError(f"config: {', '.join(missing)} is missing; start from kl_reg.config.default()")
+    _validate_values(given)
     compile_expressions(config.log.groups)
     _validate_parallel(config)
     resolved = []
@@ -90,60 +59,29 @@ def validate(config: ConfigDict) -> None:
 
 
 def _validate_values(values):
-    """Raises on None where a setting needs a value, and on numbers that the program's int32 and float32 do not hold."""
-    for key, usual in flat(default()).items():
-        value = values[key]
-        if value is None and usual is not None and key not in (*_LIMITS, *_ELSEWHERE):
-            raise ValueError(f"{key}=None: give it a value; its default is {usual!r}")
-        for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, int) and abs(number) >= 2**31 and key != "rl.entries":
-                raise ValueError(f"{key}={value!r} must be less than 2**31")
-            if isinstance(number, float):
-                _validate_float(key, value, number)
-
-
-def _validate_float(key, value, number):
-    if key in _ELSEWHERE and not math.isfinite(number) or key in _UNLIMITED and number == math.inf:
-        return
-    if not math.isfinite(number):
-        raise ValueError(f"{key}={value!r} must be a finite number")
-    if abs(number) > _LARGEST or 0 < abs(number) < _SMALLEST:
-        raise ValueError(f"{key}={value!r} is out of the range of float32, in which it is computed: its size must be 0 "
-                         f"or from {_SMALLEST:.3g} to {_LARGEST:.3g}")
+    """Raises on the first value that its setting does not accept, or on one of a setting that has no effect."""
+    for key, value in values.items():
+        SETTINGS[key].check(value)
+    for key, value in values.items():
+        other, idle = SETTINGS[key].idle or ("", ())
+        if other and values[other] in idle and value != SETTINGS[key].default:
+            raise ValueError(f"{key}={value!r} has no effect with {other}={values[other]!r}")
 
 
 def _validate_member(config):
-    _validate_values(flat(config))
     values = flat(config)
+    _validate_values(values)
     given = [key for key in BUDGETS if values[key] is not None]
-    limits = [key for key in _LIMITS if values[key] is not None]
-    for key in limits:
-        if not values[key] > 0:
-            raise ValueError(f"{key}={values[key]!r} must be above 0, or None")
-    for key in (*_AT_LEAST_ONE, *_NOT_NEGATIVE, *_PARTS, *given):
-        value, low = values[key], 1 if key in _AT_LEAST_ONE else 0
-        if not isinstance(value, numbers.Real) or not math.isfinite(value) or value < low:
-            raise ValueError(f"{key}={value!r} must be a number of at least {low}")
-        if key in _PARTS and value > 1:
-            raise ValueError(f"{key}={value!r} must be at most 1")
-    if config.model.dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"model.dtype={config.model.dtype!r}: choose 'float32' or 'bfloat16'")
-    if config.model.quantize not in ("", "int8"):
-        raise ValueError(f"model.quantize={config.model.quantize!r}: choose '' or 'int8'")
-    for name, choices in (("cache", ("", "bfloat16", "int8")), ("remat", tuple(REMATS)),
-                          ("attention", ("", "xla", "cudnn"))):
-        if config.model[name] not in choices:
-            raise ValueError(f"model.{name}={config.model[name]!r}: choose of {', '.join(map(repr, choices))}")
     no_training.refuse(config)
     _validate_algorithm(config.rl)
     _validate_policy(config)
     _validate_kl(config, values, given)
-    _validate_sampling(config)
     _validate_reference(config)
     if config.env.student_model:
         _fitting_model(config, "env.student_model", config.env.student_model)
     _validate_environment(config.env)
     rewards.check(config.reward)
+    optimizers.direction(config.optim)
     with _naming("model.path", config.model.path):
         shapes = weights.load_config(config.model.path, config.model.dtype)
     if config.model.attention and shapes.score_cap is not None:
@@ -162,8 +100,6 @@ def _validate_member(config):
 
 def _validate_parallel(config):
     settings = config.parallel
-    if settings.mode not in meshes.MODES:
-        raise ValueError(f"parallel.mode={settings.mode!r}: choose of {', '.join(map(repr, meshes.MODES))}")
     for axis in meshes.AXES:
         if settings[axis] != -1 and settings[axis] < 1:
             raise ValueError(f"parallel.{axis}={settings[axis]} must be at least 1, or -1: all devices that are left")
@@ -172,16 +108,10 @@ def _validate_parallel(config):
                              "episodes: use parallel.data, or parallel.mode='jit'")
     if sum(settings[axis] == -1 for axis in meshes.AXES) > 1:
         raise ValueError("parallel: only one axis can be -1, all devices that are left")
-    if settings.slices < 1:
-        raise ValueError(f"parallel.slices={settings.slices} must be at least 1")
 
 
 def _validate_environment(env):
     envs.ENVIRONMENTS[env.name]  # noqa: B018 - raises for an unknown name
-    if env.name in _IDLE:
-        for key in _IDLE[env.name]:
-            if env[key] != default().env[key]:
-                raise ValueError(f"env.{key}={env[key]!r} has no effect with env.name={env.name!r}")
     for key in ("opening", "teacher", "student", "end"):
         try:
             tokenizer.check_unicode(env[key])
@@ -202,9 +132,12 @@ def _validate_algorithm(rl):
     if rl.group == 1 and rl.advantage in _RELATIVE:
         raise ValueError(f"rl.advantage={rl.advantage!r} compares episodes with the same opening: rl.group must be at "
                          "least 2")
-    for key, low in (("dual_clip", 1 + rl.clip_high * (rl.loss == "dual_clip")), ("temperature", 0)):
-        if not (math.isfinite(rl[key]) and rl[key] > low):
-            raise ValueError(f"rl.{key}={rl[key]!r} must be a number above {low:g}")
+    if rl.loss_options and "." not in rl.loss:
+        raise ValueError(f"rl.loss_options={dict(rl.loss_options)!r} has no effect with rl.loss={rl.loss!r}; it is "
+                         "of a loss at a dotted path")
+    least = 1 + rl.clip_high * (rl.loss == "dual_clip")
+    if not rl.dual_clip > least:
+        raise ValueError(f"rl.dual_clip={rl.dual_clip!r} must be a number above {least:g}")
 
 
 def _validate_policy(config):
@@ -213,22 +146,8 @@ def _validate_policy(config):
     if settings.kind == "full" and config.model.quantize:
         raise ValueError(f"policy.kind='full' with model.quantize={config.model.quantize!r}: weights that are int8 "
                          "cannot be finetuned; use policy.kind='lora' or 'head'")
-    if not 0 < settings.spend_init < 1:
-        raise ValueError(f"policy.spend_init={settings.spend_init!r} must lie strictly between 0 and 1")
-    for key, choices in (("actor", ("mlp", "linear")), ("critic_activation", tuple(ACTIVATIONS))):
-        if settings[key] not in choices:
-            raise ValueError(f"policy.{key}={settings[key]!r}: choose one of {', '.join(choices)}")
-    if settings.actor != "mlp" and settings.kind != "head":
-        raise ValueError(f"policy.actor={settings.actor!r} has no effect with policy.kind={settings.kind!r}; it is of "
-                         "policy.kind='head'")
-    if not config.optim.eps > 0:
-        raise ValueError(f"optim.eps={config.optim.eps!r} must be above 0")
     if settings.kind == "lora" and settings.alpha == 0:
         raise ValueError(f"policy.alpha={settings.alpha!r} must be positive for policy.kind='lora'")
-    for name in ("rank", "alpha", "targets"):
-        if settings.kind != "lora" and settings[name] != default().policy[name]:
-            raise ValueError(f"policy.{name}={settings[name]!r} has no effect with policy.kind={settings.kind!r}; it "
-                             "is of policy.kind='lora'")
 
 
 def _validate_kl(config, values, given):
@@ -244,24 +163,20 @@ def _validate_kl(config, values, given):
         raise ValueError(f"kl.spend={kl.spend!r} without a budget has no effect; set one of {', '.join(BUDGETS)}")
     OPERATIONS[kl.operation]  # noqa: B018 - raises for an unknown name
     for key in ("operation", "ledger", "miss_coef", "budget_ramp"):
-        if kl[key] != default().kl[key] and not given:
+        if kl[key] != SETTINGS[f"kl.{key}"].default and not given:
             raise ValueError(f"kl.{key}={kl[key]!r} without a budget has no effect; set one of {', '.join(BUDGETS)}")
     _validate_ledger(config)
     if kl.carry and kl.turn_budget is None and kl.token_budget is None:
         raise ValueError("kl.carry=True has no effect without kl.turn_budget or kl.token_budget")
-    controllers.CONTROLLERS[kl.controller]  # noqa: B018 - raises for an unknown name
-    if kl.controller in controllers.NEEDS:
-        names = {field: key for key, field in HYPER.items()}
-        for field in controllers.NEEDS[kl.controller].positive:
-            if not values[names[field]] > 0:
-                raise ValueError(f"{names[field]}={values[names[field]]!r} must be positive for "
-                                 f"kl.controller={kl.controller!r}")
+    names = {field: key for key, field in HYPER.items()}
+    for field in controllers.CONTROLLERS.facts(kl.controller)["positive"]:
+        if not values[names[field]] > 0:
+            raise ValueError(f"{names[field]}={values[names[field]]!r} must be positive for "
+                             f"kl.controller={kl.controller!r}")
 
 
 def _validate_ledger(config):
     kl = config.kl
-    if kl.ledger not in LEDGERS:
-        raise ValueError(f"kl.ledger={kl.ledger!r} is unknown; choose one of {', '.join(LEDGERS)}")
     if kl.ledger == "exact":
         if kl.target_floor:
             raise ValueError(f"kl.target_floor={kl.target_floor!r} with kl.ledger='exact': tokens would cost more than "
@@ -277,18 +192,6 @@ def _validate_ledger(config):
                          "semi-distribution is charged exactly; use kl.ledger='exact'")
 
 
-def _validate_sampling(config):
-    sampling = config.sampling
-    own = sampling.student_temperature
-    if own is not None and not (math.isfinite(own) and own > 0):
-        raise ValueError(f"sampling.student_temperature={own!r} must be a positive number, or None: as "
-                         "sampling.temperature")
-    if not (math.isfinite(sampling.temperature) and sampling.temperature > 0):
-        raise ValueError(f"sampling.temperature={sampling.temperature!r} must be a positive number")
-    if not 0 < sampling.top_p <= 1:
-        raise ValueError(f"sampling.top_p={sampling.top_p!r} must lie in (0, 1]")
-
-
 def _validate_reference(config):
     settings = config.reference
     facts = references.REFERENCES.facts(settings.name)
@@ -297,8 +200,6 @@ def _validate_reference(config):
         text = {0: "none", 1: "one", 2: "two model folders or more"}.get(low, f"at least {low}")
         raise ValueError(f"reference.paths={tuple(settings.paths)!r} with reference.name={settings.name!r}: give "
                          f"{text}")
-    if settings.cut not in CUTS:
-        raise ValueError(f"reference.cut={settings.cut!r} is unknown; choose one of {', '.join(CUTS)}")
     if not facts["proper"]:
         estimators.check_semi(kl_config(config))
     if facts["follows"] and any(flat(config)[key] is not None for key in BUDGETS):

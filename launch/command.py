@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import os
 import pathlib
@@ -61,19 +62,52 @@ def accept_encodings() -> None:
 
 
 def parse(argv):
-    """absl's flag parser; an unknown setting or a missing file of --config is one line and exit status 2."""
+    """absl's flag parser; an unknown setting or a missing file of --config is one line and exit status 2. With --from
+    and no --config it is that run's."""
     accept_encodings()
     argv = [re.sub("^(--?config=)(~.*)", lambda found: found[1] + os.path.expanduser(found[2]), word) for word in argv]
+    argv = _with_config(argv)
     if "--help" in argv:
-        app.usage(shorthelp=True, writeto_stdout=True, exitcode=0)      # by itself absl ends it with 1
+        app.usage(shorthelp=True, writeto_stdout=True)      # by itself absl ends it with 1
+        if "from" in flags.FLAGS:       # the configuration is an experiment's
+            from kl_reg import settings
+
+            with contextlib.suppress(BrokenPipeError):      # `--help | head`
+                print("\n" + settings.told(), flush=True)
+                sys.exit(0)
+            os._exit(0)
+        sys.exit(0)
     try:
         return app.parse_flags_with_usage(argv)
     except (AttributeError, KeyError) as error:
         while isinstance(error, Exception):     # ConfigDict wraps one in the other
             error = error.args[0]
-        _fail(f"unknown setting: {error}")
+        _fail("; ".join(_strange(argv)) or f"unknown setting: {error}")
     except (OSError, TypeError) as error:
         _fail(error)
+
+
+def _with_config(argv):
+    """The command line with the configuration of the run that it starts from, if it has none of its own."""
+    given = "\n".join(argv)
+    start = re.search(r"^--?from[=\n](.+)$", given, re.MULTILINE)
+    if start is None or re.search(r"^--?config([=\n]|$)", given, re.MULTILINE):
+        return argv
+    from launch import parent
+
+    try:
+        parent.get_config(start[1])     # config_flags would only say later what is wrong
+    except (OSError, ValueError) as error:
+        _fail(error)
+    return [*argv[:1], f"--config={parent.__file__}:{start[1]}", *argv[1:]]
+
+
+def _strange(argv):
+    """A sentence about each setting of the command line that there is not."""
+    from kl_reg.settings import SETTINGS, unknown
+
+    names = [found[1] for word in argv if (found := re.match(r"--?(?:no)?config\.([\w.]+)", word))]
+    return [unknown(name) for name in names if name not in SETTINGS]
 
 
 def _fail(error):
@@ -89,8 +123,8 @@ def define():
     flags.DEFINE_string("hosts", None, "where several processes run this command together: auto, slurm, tpu, "
                         "kubernetes or mpi, or ADDRESS:PORT,COUNT,INDEX of this process; all see the workdir (default: "
                         "the variable KL_REG_HOSTS, or one process)")
-    flags.DEFINE_string("from", None, "another run, RUN or RUN:MEMBER, whose final state this one starts from; "
-                        "--config.rl.iterations are then those behind it")
+    flags.DEFINE_string("from", None, "another run, RUN or RUN:MEMBER, whose final state this one starts from, and, "
+                        "without --config, whose settings; --config.rl.iterations are then those behind it")
     flags.mark_flags_as_required(["config", "workdir"])
     return config, workdir
 

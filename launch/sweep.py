@@ -8,7 +8,7 @@ Settings of the file are overridden on the command line: --config.rl.iterations=
 goes on where it stopped and does only what is missing. With another --backend than local, or with any of the options
 of one, it is divided into programs, each in a directory of its own, and gathered when they end: docs/launch.md.
 --dry_run prints what would be started. The sweep's grids are `config.sweep`; every setting is described in
-kl_reg/config.py.
+docs/settings.md.
 """
 import importlib
 import signal

@@ -27,7 +27,10 @@ from jaxtyping import Array, Float
 
 from kl_reg.registry import Registry
 
-CONTROLLERS = Registry("kl.controller")
+CONTROLLERS = Registry("kl.controller", reads=None, positive=())
+"""Factories. `reads`: the fields of `Hyper` that a controller reads, any other KL setting of a controller having no
+effect; None: perhaps all. `positive`: those of them that must be positive for it to work at all; the others may be
+zero, and none may be negative. A controller that follows a target multiplies kl_coef, so it cannot be zero there."""
 
 _RANGE = 1000.0             # how far from its start a coefficient may go, as a factor
 _LOWEST, _HIGHEST = -0.2, 1.0     # of the relative error, see above
@@ -43,25 +46,6 @@ class Controller(NamedTuple):
     init: Callable
     update: Callable
     read: Callable
-
-
-class Needs(NamedTuple):
-    """The fields of `Hyper` that a controller reads, any other KL setting of a controller having no effect, and those
-    of them that must be positive for it to work at all; the others may be zero, and none may be negative."""
-
-    reads: tuple[str, ...]
-    positive: tuple[str, ...]
-
-
-NEEDS = {
-    "fixed": Needs(("kl_coef",), ()),
-    "linear": Needs(("kl_coef", "kl_final"), ()),
-    "cosine": Needs(("kl_coef", "kl_final"), ()),
-    "adaptive": Needs(("kl_coef", "kl_target", "kl_horizon"), ("kl_coef", "kl_target", "kl_horizon")),
-    "lagrangian": Needs(("kl_coef", "kl_target", "kl_rate"), ("kl_coef", "kl_target", "kl_rate")),
-    "pi": Needs(("kl_coef", "kl_target", "kl_rate", "kl_gain"), ("kl_coef", "kl_target", "kl_rate")),
-}
-"""Of the built-in controllers, by name. Those that follow a target multiply kl_coef, so it cannot be zero there."""
 
 
 class Progress(NamedTuple):
@@ -179,6 +163,11 @@ def _in_range(log_scale):
     return jnp.clip(log_scale, -math.log(_RANGE), math.log(_RANGE))
 
 
-for _name, _factory in (("fixed", fixed), ("linear", linear), ("cosine", cosine), ("adaptive", adaptive),
-                        ("lagrangian", lagrangian), ("pi", pi)):
-    CONTROLLERS.register(_name, _factory)
+CONTROLLERS.register("fixed", fixed, reads=("kl_coef",))
+CONTROLLERS.register("linear", linear, reads=("kl_coef", "kl_final"))
+CONTROLLERS.register("cosine", cosine, reads=("kl_coef", "kl_final"))
+for _name, _factory, _reads in (("adaptive", adaptive, ("kl_coef", "kl_target", "kl_horizon")),
+                                ("lagrangian", lagrangian, ("kl_coef", "kl_target", "kl_rate"))):
+    CONTROLLERS.register(_name, _factory, reads=_reads, positive=_reads)
+CONTROLLERS.register("pi", pi, reads=("kl_coef", "kl_target", "kl_rate", "kl_gain"),
+                     positive=("kl_coef", "kl_target", "kl_rate"))

@@ -4,6 +4,7 @@ A built-in name is a factory of such a function, from settings of `config.reward
 """
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -66,6 +67,9 @@ def check(settings: ConfigDict) -> None:
             owners = [repr(name) for name in REWARDS.names() if key in REWARDS[name].uses]
             raise ValueError(f"reward.{key}={settings[key]!r} has no effect with reward.name={settings.name!r}; it is "
                              f"of {', '.join(owners)}")
+    if settings.options and len(factories) == len(trained) + len(measured):
+        raise ValueError(f"reward.options={dict(settings.options)!r} has no effect with reward.name={settings.name!r}; "
+                         "it is of functions at dotted paths")
     for factory in factories:
         (factory.check or factory.make)(**_given(factory, settings))
 
@@ -114,5 +118,6 @@ def _given(factory, settings):
 
 
 def _made(found, settings, weights):
-    functions = [item.make(**_given(item, settings)) if isinstance(item, Factory) else item for item in found.values()]
+    functions = [item.make(**_given(item, settings)) if isinstance(item, Factory) else
+                 functools.partial(item, **settings.options) if settings.options else item for item in found.values()]
     return assemble([name.rpartition(".")[2] for name in found], functions, weights, settings.nan)

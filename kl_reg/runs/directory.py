@@ -14,6 +14,7 @@ from kl_reg import config as configs
 from kl_reg import storage
 from kl_reg.pretrained import folders
 from kl_reg.runs import checkpoint
+from kl_reg.settings import SECTIONS, SETTINGS
 
 
 class Member(NamedTuple):
@@ -67,15 +68,17 @@ def from_stored(stored: dict, file: storage.Path) -> ConfigDict:
     Raises:
         ValueError: it has a setting that there is not.
     """
-    log = stored.get("log", {})
-    stored = configs.flat(ConfigDict({key: value for key, value in stored.items() if key != "log"}))
+    given = {}
+    for key, value in stored.items():
+        nested = key in SECTIONS and isinstance(value, dict)
+        given |= {f"{key}.{name}": own for name, own in value.items()} if nested else {key: value}
+    if strange := sorted(set(given) - set(SETTINGS)):
+        raise ValueError(f"{file}: unknown settings {', '.join(strange)}")
     config = configs.default()
-    unknown = sorted((set(stored) - set(configs.flat(config))) | {f"log.{key}" for key in set(log) - set(config.log)})
-    if unknown:
-        raise ValueError(f"{file}: unknown settings {', '.join(unknown)}")
     with config.ignore_type():
-        config.update_from_flattened_dict(stored)
-        config.log.update(log)
+        for name, value in given.items():
+            section, _, last = name.rpartition(".")
+            (config[section] if section else config)[last] = value
     return config
 
 

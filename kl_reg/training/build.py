@@ -2,15 +2,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
 import numpy as np
-import optax
 from ml_collections import ConfigDict
 
 from kl_reg import algorithms, envs
-from kl_reg.algorithms import advantages, reductions
+from kl_reg.algorithms import advantages, optimizers, reductions
 from kl_reg.config import Static
 from kl_reg.envs.environment import Environment
 from kl_reg.episodes.token_groups import token_groups
@@ -69,7 +69,8 @@ def own_parts(static: Static, loss: Callable | None = None) -> list:
               reductions.REDUCTIONS[rl.reduction])
     named = ((envs.ENVIRONMENTS, config.env.name), (estimators.ESTIMATORS, estimators.canonical(kl.estimator)),
              (SPENDS, kl.spend), (OPERATIONS, kl.operation), (controllers.CONTROLLERS, kl.controller),
-             (references.REFERENCES, config.reference.name), (policies.POLICIES, config.policy.kind))
+             (references.REFERENCES, config.reference.name), (policies.POLICIES, config.policy.kind),
+             (optimizers.OPTIMIZERS, config.optim.name))
     return [*(part for part in update if not is_library(part)),
             *(registry[name] for registry, name in named if "." in name)]
 
@@ -105,14 +106,21 @@ def _agent(config: ConfigDict, model, start, constrained) -> Agent:
 def _algorithm(config: ConfigDict, kl: estimators.KLConfig, loss, agent, first) -> Algorithm:
     rl, optim = config.rl, config.optim
     factor = optimizer.schedule(optim.warmup, optim.final, rl.iterations, first)
+    controller = controllers.CONTROLLERS[config.kl.controller]
     return Algorithm(
-        loss=loss or algorithms.LOSSES[rl.loss],
+        loss=loss or _with_options(algorithms.LOSSES[rl.loss], rl.loss_options),
         per_token=loss is None and algorithms.LOSSES.facts(rl.loss)["per_token"],
         advantage=advantages.ADVANTAGES[rl.advantage], reduction=reductions.REDUCTIONS[rl.reduction],
-        kl=estimators.build(kl), controller=controllers.CONTROLLERS[config.kl.controller](rl.iterations, rl.episodes),
+        kl=estimators.build(kl), controller=_with_options(controller, config.kl.controller_options)(
+            rl.iterations, rl.episodes),
         group=rl.group, normalise=rl.normalise, learning_rate=factor,
-        optimizer=optimizer.chain(optim.max_grad_norm, factor, agent.policy.labels, optax.scale_by_adam(eps=optim.eps),
+        optimizer=optimizer.chain(optim.max_grad_norm, factor, agent.policy.labels, optimizers.direction(optim),
                                   optim.policy_grad_norm))
+
+
+def _with_options(function: Callable, options) -> Callable:
+    """The function with these arguments by name; itself where there are none."""
+    return functools.partial(function, **options) if options else function
 
 
 def _check_embeddings(config: ConfigDict, env: Environment, words, model):

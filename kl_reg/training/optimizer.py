@@ -1,4 +1,4 @@
-"""The optimizer: one optax chain of clipping, Adam, and learning rates by label that warm up and decay."""
+"""The optimizer: one optax chain of clipping, a direction, and learning rates by label that warm up and decay."""
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ def schedule(warmup: int, final: float, iterations: int, first: int = 0) -> opta
 def chain(max_grad_norm: float | None, factor: optax.Schedule, labels: Callable,
           direction: optax.GradientTransformation | None = None, policy_grad_norm: float | None = None
           ) -> optax.GradientTransformationExtraArgs:
-    """Clipping by the global norm, Adam, and a learning rate for each label, of one member.
+    """Clipping by the global norm, a direction, and a learning rate for each label, of one member.
 
     `update` takes `hyper`, `iteration` and `grad_norm` (of `safe_norm`) beside gradients, state and parameters.
 
@@ -32,7 +32,7 @@ def chain(max_grad_norm: float | None, factor: optax.Schedule, labels: Callable,
         max_grad_norm: None: no clipping.
         factor: of `schedule`.
         labels: parameters -> the label of each, POLICY or VALUE.
-        direction: of a step of size 1, instead of Adam's.
+        direction: of a step of size 1, up the gradient (`algorithms.optimizers.direction`); None: Adam's.
         policy_grad_norm: that of the parameters with the label POLICY by themselves; None: no clipping of their own.
     """
     direction = optax.scale_by_adam() if direction is None else direction

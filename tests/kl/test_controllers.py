@@ -18,10 +18,10 @@ from scipy.optimize import brentq
 from scipy.special import log_softmax
 from scipy.stats import norm
 
-from kl_reg.kl.controllers import CONTROLLERS, NEEDS
+from kl_reg.kl.controllers import CONTROLLERS
 from kl_reg.types import Hyper
 
-TARGETED = [name for name in CONTROLLERS.names() if "kl_target" in NEEDS[name].reads]
+TARGETED = [name for name in CONTROLLERS.names() if "kl_target" in CONTROLLERS.facts(name)["reads"]]
 ITERATIONS, EPISODES = 11, 100
 
 
@@ -140,21 +140,22 @@ def test_contract_reads_what_its_facts_say(name):
     usual = coefficients(name, kls, hyper_of())
     for field in Hyper._fields:
         changed = coefficients(name, kls, hyper_of()._replace(**{field: 1.1 * getattr(hyper_of(), field)}))
-        assert bool((changed != usual).any()) == (field in NEEDS[name].reads), field
+        assert bool((changed != usual).any()) == (field in CONTROLLERS.facts(name)["reads"]), field
 
 
 @pytest.mark.parametrize("name", CONTROLLERS.names())
 def test_contract_what_must_be_positive_is_what_it_cannot_work_without(name):
     """At zero the coefficient is not a number or a lasting error does not move it; the other settings may be zero."""
-    assert set(NEEDS[name].positive) <= set(NEEDS[name].reads)
-    for field in NEEDS[name].reads:
+    assert set(CONTROLLERS.facts(name)["positive"]) <= set(CONTROLLERS.facts(name)["reads"])
+    for field in CONTROLLERS.facts(name)["reads"]:
         values = coefficients(name, jnp.array([0.0, 10.0, 11.0, 11.0]), hyper_of(**{field: 0.0}))
         works = jnp.isfinite(values).all() and (name not in TARGETED or values[-1] > values[-2])
-        assert works == (field not in NEEDS[name].positive), field
+        assert works == (field not in CONTROLLERS.facts(name)["positive"]), field
 
 
 def test_every_controller_states_its_needs():
-    assert sorted(NEEDS) == CONTROLLERS.names()
+    assert all(CONTROLLERS.facts(name)["reads"] for name in CONTROLLERS.names())
+    assert CONTROLLERS.stated("a.path.that_is_not_imported") == {"reads": None, "positive": ()}
 
 
 @pytest.mark.parametrize("name", CONTROLLERS.names())

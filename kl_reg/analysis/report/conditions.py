@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from kl_reg import config as configs
 from kl_reg.config import BUDGETS, HYPER
 from kl_reg.kl import estimators
-from kl_reg.kl.controllers import NEEDS
+from kl_reg.kl.controllers import CONTROLLERS
 
 SOFT = "the budget is not hard: kl.ledger='log_ratio' charges sampled log-ratios, so the KL of an episode may exceed it"
 KINDS = ("coef", "controlled", "budget")
@@ -106,12 +106,17 @@ def _distinct(rows):
 
 def _reads(kl):
     """The settings that the controller of the coefficient reads."""
-    fields = NEEDS[kl.controller].reads if kl.controller in NEEDS else _NAMES
+    fields = CONTROLLERS.stated(kl.controller)["reads"] or _NAMES
     return tuple(_NAMES[field] for field in fields if _NAMES[field].startswith("kl.") and _NAMES[field] not in BUDGETS)
 
 
+def _known(kl):
+    """Whether the controller says what it reads."""
+    return CONTROLLERS.stated(kl.controller)["reads"] is not None
+
+
 def _penalised(kl):
-    return kl.coef > 0 or kl.controller not in NEEDS or ("kl.final" in _reads(kl) and kl.final > 0)
+    return kl.coef > 0 or not _known(kl) or ("kl.final" in _reads(kl) and kl.final > 0)
 
 
 def _acting(own, hyper):
@@ -132,7 +137,7 @@ def _acting(own, hyper):
 def _setting(own, words, reference, named):
     kl, penalised = own.kl, _penalised(own.kl)
     caps = {key: value for key in BUDGETS if (value := configs.flat(own)[key]) is not None}
-    follows = penalised and kl.controller in NEEDS and "kl.target" in _reads(kl)
+    follows = penalised and _known(kl) and "kl.target" in _reads(kl)
     # Whatever was trained is shown, and what is not sound with a warning.
     contract = estimators.build(dataclasses.replace(configs.kl_config(own), allow_biased=True))
     aims = [kl.target] if follows and kl.direction == "reverse" else []
@@ -180,7 +185,7 @@ def _price(kl, follows):
     if follows:
         nats = "forward nats" if kl.direction == "forward" else "nats"
         return f"{name} to {kl.target:g} {nats}", name, ("kl.target",)
-    if kl.controller in NEEDS:
+    if _known(kl):
         return f"{name} from coef {kl.coef:g} to {kl.final:g}", f"{name} to {kl.final:g}", ("kl.coef", "kl.final")
     return name, name, ()
 
