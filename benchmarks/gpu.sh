@@ -10,7 +10,7 @@
 # Exits with 1 where a part gave no result; missed goals are in the tables.
 # $PYTHON is the Python that has the project's packages; python3 by default.
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit 1
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} KL_REG_PEERS_HERE=1 PYTHONUNBUFFERED=1
 python=${PYTHON:-python3}
 rehearse=
