@@ -37,6 +37,8 @@ def _arguments(argv):
                         help="(default: ' Teacher:')")
     parser.add_argument("--student", type=command.text, default=" Student:", metavar="MARKER",
                         help="(default: ' Student:')")
+    parser.add_argument("--student-temperature", type=float, default=1.0, metavar="T",
+                        help="of the student's tokens alone (default: 1; the paper's authors have 0.05)")
     parser.add_argument("--end", type=command.text, default="\n", metavar="MARKER", help=r"of a turn (default: '\n')")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=32, help="transcripts sampled at a time (default: 32)")
@@ -62,9 +64,10 @@ def _run(argv):
     model, out = weights.load(args.model, setting="--model"), storage.path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     prices = script_price.price_of_script(model, [opening], scripts, args.turns, args.episodes, args.seed, dialogue,
-                                   args.max_reply, args.batch)
+                                          args.max_reply, args.batch, args.student_temperature)
     report = {"model": args.model, **dialogue._asdict(), "opening": opening, "turns": args.turns, "seed": args.seed,
-              "max_reply": args.max_reply, "scripts": script_price.report(prices, tokenizer.load(model.folder))}
+              "max_reply": args.max_reply, "student_temperature": args.student_temperature,
+              "scripts": script_price.report(prices, tokenizer.load(model.folder))}
     storage.write_json(out / "price.json", report, allow_nan=False)
     _print(report)
     title = f"{args.model}: the teacher says the same in every turn, the student samples; {args.episodes} episodes"

@@ -1,6 +1,7 @@
 """The price of a script: what it costs, in nats under a model, to say the same thing turn after turn."""
 from __future__ import annotations
 
+import math
 import string
 from collections.abc import Sequence
 from functools import partial
@@ -75,7 +76,8 @@ class _Row(NamedTuple):
 
 
 def price_of_script(model: weights.Model, openings: Sequence[str], scripts: Sequence[str], turns: int, episodes: int,
-                    seed: int, dialogue: Dialogue, max_reply: int | None = None, batch: int = 32) -> list[Price]:
+                    seed: int, dialogue: Dialogue, max_reply: int | None = None, batch: int = 32,
+                    student_temperature: float = 1.0) -> list[Price]:
     """Prices each of `scripts`: the teacher says it in every turn, the student answers by sampling from the model.
 
     A policy that says it with certainty pays exactly this KL to the model, in nats per turn.
@@ -87,12 +89,15 @@ def price_of_script(model: weights.Model, openings: Sequence[str], scripts: Sequ
         max_reply: tokens after which a reply is cut and the end marker written for the student. None: no reply is cut,
             an episode is as long as the model's context, and one whose turns do not fit there has no price.
         batch: transcripts that are sampled at a time.
+        student_temperature: of the student's tokens alone (`sampling.student_temperature`); prices are at 1.
 
     Raises:
         ValueError: a setting out of range, a marker without tokens, a script of several turns, or more tokens than the
             model's context.
     """
     _check({"turns": turns, "episodes": episodes, "batch": batch, "max_reply": max_reply}, openings, scripts, dialogue)
+    if not (math.isfinite(student_temperature) and student_temperature > 0):
+        raise ValueError(f"student_temperature={student_temperature!r} must be a finite number above 0")
     tok = tokenizer.load(model.folder)
     teacher, student, end = (tokenizer.marker_ids(tok, name, text) for name, text in dialogue._asdict().items())
     own = [tokenizer.encode(tok, _words(script) + dialogue.end) for script in scripts]
@@ -105,7 +110,7 @@ def price_of_script(model: weights.Model, openings: Sequence[str], scripts: Sequ
     lines, finder = _lines(end, teacher, own, student), markers.finder(tok, dialogue.end)
     which = np.random.default_rng(seed).integers(len(openings), size=episodes)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(episodes))
-    sample = jax.jit(partial(_sample, model.config, turns, length, max_reply))
+    sample = jax.jit(partial(_sample, model.config, turns, length, max_reply, student_temperature))
     parts, groups = [], _groups(len(scripts) * episodes, batch)
     with progress_bar("price", len(groups)) as bar:
         for group in groups:
@@ -169,13 +174,13 @@ def _groups(count, size):
     return np.minimum(np.arange(parts * -(-count // parts)), count - 1).reshape(parts, -1)
 
 
-def _sample(config, turns, length, max_reply, finder, params, tokens, start, lines, keys):
+def _sample(config, turns, length, max_reply, temperature, finder, params, tokens, start, lines, keys):
     """Transcripts behind the openings [b, length] and their `_Row` [b, ...]; stops when all turns are priced."""
     b, width = tokens.shape
     hidden, cache = decoder.prefill(config, params, tokens, start, width + length)
     zero = jnp.zeros(b, jnp.int32)
     rows = _Row(lines.first, zero, jnp.zeros((b, turns)), zero, zero, zero, zero)
-    step = jax.vmap(partial(_step, finder, turns, max_reply))
+    step = jax.vmap(partial(_step, finder, turns, max_reply, temperature))
 
     def unfinished(carry):
         position, _, _, _, rows = carry
@@ -193,11 +198,11 @@ def _sample(config, turns, length, max_reply, finder, params, tokens, start, lin
     return said, rows
 
 
-def _step(finder, turns, max_reply, line, row, logits, uniform):
+def _step(finder, turns, max_reply, temperature, line, row, logits, uniform):
     """The next token of one transcript, of its line or drawn, and where that leaves it."""
     log_probs = jax.nn.log_softmax(logits)
     speaks, done = row.at >= line.length, row.turn >= turns
-    token = jnp.where(speaks, rollout.inverse_cdf(log_probs, uniform),
+    token = jnp.where(speaks, rollout.inverse_cdf(jax.nn.log_softmax(logits / temperature), uniform),
                       line.tokens[jnp.minimum(row.at, len(line.tokens) - 1)])
     priced = (row.at >= line.first) & (row.at < line.last)
     nats = row.nats.at[row.turn].add(jnp.where(priced, -log_probs[token], 0.0), mode="drop")

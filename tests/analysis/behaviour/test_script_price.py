@@ -80,12 +80,16 @@ def test_the_price_is_torchs_surprisal_of_the_sampled_transcripts(model, tiny_to
     assert cuts > 0 and len(seen) == len(scripts) * episodes
 
 
-def test_the_mean_over_episodes_is_the_expectation_over_the_students_replies(model, tiny_tokenizer, torch_log_probs):
-    """Replies of one token: all 300 are enumerated, an end marker among them or written behind."""
+@pytest.mark.parametrize("temperature", [1.0, 1.5])
+def test_the_mean_over_episodes_is_the_expectation_over_the_students_replies(model, tiny_tokenizer, torch_log_probs,
+                                                                             temperature):
+    """Replies of one token: all 300 are enumerated, an end marker among them or written behind. The student alone has
+    another temperature."""
     encode = lambda text: tokenizer.encode(tiny_tokenizer, text)  # noqa: E731
     (end,), teacher, script = encode("\n"), encode("A:"), encode(" hi\n")
     before = encode(OPENINGS[0]) + teacher + script + encode("B:")
-    chance = np.exp(torch_log_probs([before])[0, -1])
+    chance = np.exp(torch_log_probs([before])[0, -1] / temperature)
+    chance /= chance.sum()
     costs = np.zeros(300)
     for ends in (True, False):
         middle = [] if ends else [end]
@@ -96,7 +100,8 @@ def test_the_mean_over_episodes_is_the_expectation_over_the_students_replies(mod
     deviation = np.sqrt(chance @ (costs - mean) ** 2)
     assert chance[end] < 0.9 and deviation > 0.1
 
-    price, = price_of_script(model, OPENINGS[:1], ["hi"], 2, 2000, 1, CHITCHAT, max_reply=1, batch=500)
+    price, = price_of_script(model, OPENINGS[:1], ["hi"], 2, 2000, 1, CHITCHAT, max_reply=1, batch=500,
+                             student_temperature=temperature)
     assert abs(price.nats[:, 1].mean() - mean) < 4 * deviation / 2000**0.5
     assert abs(price.cut / 2000 - (1 - chance[end])) < 4 * (chance[end] * (1 - chance[end]) / 2000) ** 0.5
     curve = report([price], tiny_tokenizer)[0]["per_turn"]
@@ -133,6 +138,7 @@ def test_random_letters_are_those_of_the_seed():
 @pytest.mark.parametrize("change, says", [
     ({"turns": 0}, "turns=0: at least 1"), ({"episodes": 0}, "episodes=0"), ({"max_reply": 0}, "max_reply=0"),
     ({"scripts": ()}, "scripts is empty"), ({"openings": ()}, "openings is empty"),
+    ({"student_temperature": 0.0}, "student_temperature=0.0 must be a finite number above 0"),
     ({"dialogue": Dialogue("A:", "", "\n")}, "student='' gives no tokens"),
     ({"scripts": ("yes\nno",)}, "script='yes\\nno' holds the end of a turn"),
     ({"turns": 30}, "do not fit the model's context of 64"),
