@@ -100,6 +100,7 @@ class Formed(NamedTuple):
 
 
 def _factored(program: Program, params, frozen: Frozen, features, token: Token, cut: Layout) -> Reader:
+    """Reads tokens whose logits are products with a table that is not trained, and whose reference is the base."""
     agent, policy = program.agent, program.agent.policy
     table, base_table = jax.lax.stop_gradient(policy.factored.table(params, frozen.base)), unembedding(frozen.base)
     over_tokens = lambda function: jax.vmap(jax.vmap(function))  # noqa: E731
@@ -174,6 +175,7 @@ class Known(NamedTuple):
 
 
 def _general(program: Program, copies, memory, frozen: Frozen, features, token: Token, cut: Layout) -> Reader:
+    """Reads tokens of any policy and reference."""
     def known(point, strength):
         return Known(memory, frozen, token._replace(strength=strength), point)
 
