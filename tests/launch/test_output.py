@@ -10,7 +10,7 @@ from kl_reg.runs import log as run_log
 from launch import command
 
 LAUNCH = pathlib.Path(command.__file__).parent
-COMMANDS = sorted(file for file in LAUNCH.glob("*.py") if file.stem != "command")
+COMMANDS = sorted(file for file in LAUNCH.glob("*.py") if file.stem not in ("command", "parent"))
 ROW = {"return": 1.5, "return_se": 0.25, "kl/nats_per_episode": 2.0, "kl/nats_per_episode_se": None,
        "teacher/silent_rate": None, "student/silent_rate": 0.1}
 SUMMARY = [{"member": "base", "hyper": {}, "final": ROW}, {"member": 0, "hyper": {"seed": 0}, "final": ROW}]
