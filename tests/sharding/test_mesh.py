@@ -66,7 +66,8 @@ def test_slices_are_joined_along_members_or_else_along_data():
 
 
 @pytest.mark.parametrize("sizes, says", [
-    ({"mode": "vmap"}, "parallel.mode='vmap' is unknown; choose one of 'jit', 'pmap'"), ({"fsdp": 0}, "parallel.fsdp=0"),
+    ({"mode": "vmap"}, "parallel.mode='vmap' is unknown; choose one of 'jit', 'pmap'"),
+    ({"fsdp": 0}, "parallel.fsdp=0"),
     ({"data": -1, "fsdp": -1}, "only one axis"), ({"mode": "pmap", "tensor": 2}, "parallel.tensor=2 with"),
     ({"slices": 0}, "parallel.slices=0")])
 def test_a_wrong_setting_is_one_error(sizes, says):
