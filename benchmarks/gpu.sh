@@ -65,10 +65,10 @@ else
     "$python" -c 'import pathlib, sys; from benchmarks.peers import work
 work.write_model("shapes", pathlib.Path(sys.argv[1]))' "$model" || exit 1
     peers=$("$python" -c 'import importlib.util as u; print(",".join(n for n in ("trl", "tunix") if u.find_spec(n)))')
-    KL_REG_TESTS_ON=cuda part tests 100 "$python" -m pytest -q -p no:cacheprovider tests/kl/test_chunked.py \
+    KL_REG_TESTS_ON=cuda part tests 90 "$python" -m pytest -q -p no:cacheprovider tests/kl/test_chunked.py \
         tests/kl/test_exact.py tests/kl/test_operations.py tests/training/test_ledger.py tests/models/test_decoder.py
-    benchmark rl_step 110 --model=shapes --peers="$peers" --steps=3 --warmup=2
-    benchmark decode 60 --model=shapes --shared --dtype=bfloat16 --steps=3
+    benchmark rl_step 100 --model=shapes --peers="$peers" --steps=3 --warmup=2
+    benchmark decode 55 --model=shapes --shared --dtype=bfloat16 --steps=3
     benchmark budget_step 100 --model="$model" --members 1 --arms none tilt mixture --steps 2
     benchmark attention 40 --model=shapes
     benchmark sweep_cost 60 --model=shapes --members=1,16 --steps=3

@@ -40,7 +40,7 @@ class Registry:
         return self.stated(name)
 
     def stated(self, name: str) -> dict:
-        """As `facts`, of what is registered already: nothing is imported, and any name is accepted."""
+        """What `facts` says, of what is registered already: nothing is imported, and any name is accepted."""
         return self._unstated | self._facts.get(name, {})
 
     def names(self) -> list[str]:

@@ -16,10 +16,10 @@ class Setting(NamedTuple):
 
     `kind`: the type of its value; its default's, unless that is None. `low`, `high`: the least and the largest value;
     `above`, `below`: what it must exceed and stay under. `choices`: the values that it may have. `none`: what None
-    means; "": it needs a value. `endless`: it may be infinite, which is the same as None. `why`: there are bounds, for
-    its error. `unit`: of a number. `field`:
-    its name in `types.Hyper`, if members of one program may differ in it. `idle`: a setting, and the values of it with
-    which this one has no effect. `later`: older runs lack it, and have its default. `also`: what others call it.
+    means; "": it needs a value. `endless`: it may be infinite, which is the same as None. `why`: the reason
+    for its bounds, which its error gives. `unit`: what a number counts. `field`: its name in `types.Hyper`, if members
+    of one program may differ in it. `idle`: a setting, and the values of it with which this one has no effect. `later`:
+    older runs lack it, and have its default. `also`: what others call it.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Setting(NamedTuple):
 
     @property
     def type(self) -> type:
-        """Of its value."""
+        """The type of its value."""
         return self.kind or type(self.default)
 
     @property
@@ -103,7 +103,7 @@ _SMALLEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float3
 
 
 def _check_number(setting, number, whole=None):
-    """Of a value or of a part of it; the program's int32 and float32 have to hold it."""
+    """Raises on a number, a value or a part of it, that is out of bounds, or that int32 or float32 does not hold."""
     said = f"{setting.name}={number if whole is None else whole!r}"
     if setting.endless and number == math.inf:
         return
@@ -427,7 +427,7 @@ assert SETTINGS["kl.budget"].unit == "nats per episode"
 
 
 def markdown() -> str:
-    """docs/settings.md."""
+    """The page docs/settings.md."""
     out = ["# Settings", "", *_INTRODUCTION.splitlines(), ""]
     for section, title in SECTIONS.items():
         out += [f"## {title}", "", "| setting | default | accepted | |", "|---|---|---|---|"]

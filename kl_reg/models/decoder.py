@@ -9,7 +9,6 @@ of a `LayerCache`: per layer, so that writing one token updates a buffer in plac
 """
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import NamedTuple
 
@@ -55,9 +54,8 @@ def unembedding(params: dict) -> Float[Array, "v d"]:
 
 def unembed(table: Float[Array, "v d"], hidden: Float[Array, "... d"]) -> Float[Array, "... v"]:
     """The linear part of the logits, float32."""
-    if hidden.ndim > 1 and math.prod(hidden.shape[:-1]) <= _FEW:
-        rows = hidden.reshape(-1, hidden.shape[-1])
-        return turned_product(table, rows, jnp.float32, "highest").reshape(*hidden.shape[:-1], -1)
+    if hidden.ndim == 2 and len(hidden) <= _FEW:
+        return turned_product(table, hidden, jnp.float32, "highest")
     return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32,
                       precision="highest")      # float32 stays float32 where the hardware has a coarser default
 

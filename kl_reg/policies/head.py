@@ -57,12 +57,8 @@ def head(config: decoder.DecoderConfig, settings) -> Policy:
 
     def read(params, base, features, situation: Situation):
         own = states(params, base, features, situation)
-        if linear:
-            logits, gap = decoder.logits(config, base, own.base), decoder.unembed(table(params, base), own.policy)
-        else:       # one product: few rows take as long as their table takes to be read
-            both = decoder.unembed(decoder.unembedding(base), jnp.stack([own.base, own.policy], axis=-2))
-            logits, gap = decoder.capped(config, both[..., 0, :]), both[..., 1, :]
-        return Reading(logits, gap, own.value, own.spend)
+        gap = decoder.unembed(table(params, base), own.policy)
+        return Reading(decoder.logits(config, base, own.base), gap, own.value, own.spend)
 
     def logits_alone(params, base, features, situation, agent):
         own = states(params, base, features, situation)
